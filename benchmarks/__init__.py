@@ -1,0 +1,1 @@
+"""Comparisons that each run as one command and print a ratio."""

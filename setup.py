@@ -1,0 +1,38 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="vlm_jax",
+    version="0.1.0",
+    description="Train vision-language models in JAX: one trainer from a laptop CPU to a TPU pod",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    package_data={"vlm_jax.data": ["assets/*"]},
+    install_requires=[
+        # the versions that the tests ran on; a newer minor release is opened here after they pass on it
+        "jax>=0.10,<0.12",
+        "flax>=0.12,<0.14",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "ml_collections>=1.1",
+        "tensorflow-datasets>=4.9.9",
+        "sentencepiece>=0.2",
+        "chex>=0.1.91",
+        "grain>=0.2.15",
+        "numpy>=2.0",
+        "pillow>=11",
+        "tokenizers>=0.21",
+        "fsspec",
+        "filelock>=3.13",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "absl-py>=2",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "test": ["pytest>=8"],
+        "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
+        "bench": ["open_clip_torch>=3.3"],
+    },
+)

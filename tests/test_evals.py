@@ -1,0 +1,368 @@
+"""Evaluations over numpy stand-ins for predict functions, against figures worked out by hand or by brute force."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from vlm_jax import evals
+from vlm_jax.errors import ConfigError
+from vlm_jax.evals import bootstrap, prompts, text_metrics
+from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "caption_metrics.json").read_text())
+WORDS = ["<pad>", "<bos>", "<eos>", "a", "red", "blue", "green", "circle", "square", "star", "the", "above", "small"]
+
+
+class Tokenizer:
+    pad_id, bos_id, eos_id = 0, 1, 2
+
+    def __call__(self, texts, length):
+        ids, cut = np.zeros((len(texts), length), np.int32), 0
+        for i, text in enumerate(texts):
+            row = [1, *(WORDS.index(w) for w in text.split()), 2]
+            cut += len(row) > length
+            ids[i, :len(row[:length])] = row[:length]
+        return ids, ids != 0, cut
+
+    def decode(self, ids):
+        return " ".join(WORDS[i] for i in ids if i > 2)
+
+
+def batches(samples, size=4, length=8):
+    """Batches as the trainer hands them over, filled up to ``size`` rows. An image's first pixel is its vector."""
+    for start in range(0, len(samples), size):
+        part = samples[start:start + size]
+        image = np.zeros((size, 2, 2, 3), np.uint8)
+        for row, sample in enumerate(part):
+            image[row, 0, 0] = sample["vector"]
+        ids, mask, _ = Tokenizer()([s["captions"][0] for s in part] + [""] * (size - len(part)), length)
+        yield {"image": image, "text": ids, "text_mask": mask, "mask": np.arange(size) < len(part),
+               "meta": [{"key": f"k{start + i}", "index": start + i, **s} for i, s in enumerate(part)] + [{}] * (size - len(part))}
+
+
+def unit(x):
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+
+
+COLOURS = {"red": 0, "blue": 1, "green": 2}
+
+
+def embed(batch):
+    """Images: their first pixel as a vector; texts: which colours they name. Asserts fixed shapes."""
+    out = {}
+    if "image" in batch:
+        out["image_embed"] = unit(batch["image"][:, 0, 0].astype(np.float32))
+    if "text" in batch:
+        assert batch["text"].shape == (4, 8) and batch["text_mask"].any(1).all()
+        hits = [[(row == WORDS.index(c)).sum() for c in COLOURS] for row in batch["text"]]
+        out["text_embed"] = unit(np.array(hits, np.float32))
+    return out
+
+
+SAMPLES = [{"vector": (200, 10, 0), "captions": ["a red circle", "red star"], "label": 0},
+           {"vector": (0, 200, 20), "captions": ["a blue square"], "label": 1},
+           {"vector": (0, 30, 200), "captions": ["a green star", "green"], "label": 2},
+           {"vector": (200, 0, 90), "captions": ["a green circle"], "label": 0},
+           {"vector": (20, 0, 100), "captions": ["the green star"], "label": 0}]
+
+
+def run(kind, samples=SAMPLES, predict=None, **options):
+    return evals.run(kind, predict or {"embed": embed}, batches(samples), tokenizer=Tokenizer(), **options)
+
+
+# retrieval
+
+def brute_ranks(samples):
+    """Both directions from the full matrix, one query at a time."""
+    images = unit(np.array([s["vector"] for s in samples], np.float32))
+    captions = [(i, c) for i, s in enumerate(samples) for c in s["captions"]]
+    texts = unit(np.array([[c.split().count(w) for w in COLOURS] for _, c in captions], np.float32))
+    s = images @ texts.T
+    to_image = [1 + sum(s[j, c] >= s[i, c] - 1e-6 for j in range(len(samples)) if j != i) for c, (i, _) in
+                enumerate(captions)]
+    to_text = [1 + sum(s[i, c] >= max(s[i, d] for d, (j, _) in enumerate(captions) if j == i) - 1e-6
+                       for c, (j, _) in enumerate(captions) if j != i) for i in range(len(samples))]
+    return np.array(to_image), np.array(to_text)
+
+
+def test_retrieval_equals_brute_force_in_both_directions():
+    out = run("retrieval")
+    to_image, to_text = brute_ranks(SAMPLES)
+    assert to_image.tolist() == [1, 1, 1, 1, 1, 3, 2]       # so that a changed stand-in cannot hide a failure
+    for name, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+        for k in (1, 5, 10):
+            assert out.scores[f"retrieval/{name}/R@{k}"] == pytest.approx((ranks <= k).mean())
+        assert out.scores[f"retrieval/{name}/mean_rank"] == pytest.approx(ranks.mean())
+        assert out.scores[f"retrieval/{name}/median_rank"] == np.median(ranks)
+    assert [i["rank"] for i in out.items if i["query"] == "text"] == to_image.tolist()
+    assert [i["rank"] for i in out.items if i["query"] == "image"] == to_text.tolist()
+    assert out.scores["retrieval/images"] == 5 and out.scores["retrieval/captions"] == 7
+    assert out.items[0] == {"query": "text", "key": "k0", "caption": "a red circle", "rank": 1, "top": ["k0", "k3", "k4", "k1", "k2"]}
+
+
+def test_retrieval_has_chance_and_interval_beside_every_score():
+    scores = run("retrieval").scores
+    assert scores["retrieval/text_to_image/R@1/chance"] == pytest.approx(1 / 5)
+    assert scores["retrieval/image_to_text/R@1/chance"] == pytest.approx((2 / 7 + 1 / 7 + 2 / 7 + 1 / 7 + 1 / 7) / 5)
+    assert scores["retrieval/text_to_image/mean_rank/chance"] == pytest.approx(3.0)
+    for name in [n for n in scores if n.count("/") == 2 and n.split("/")[1] in ("text_to_image", "image_to_text")]:
+        assert scores[f"{name}/ci_low"] <= scores[name] <= scores[f"{name}/ci_high"]
+        assert math.isfinite(scores[f"{name}/chance"])
+    assert run("retrieval").scores == scores                # deterministic
+
+
+def test_equal_captions_are_wrong_or_right_as_asked():
+    twins = [{"vector": (200, 0, 9), "captions": ["a red circle"]}, {"vector": (200, 9, 0), "captions": ["a red circle"]},
+             {"vector": (0, 0, 200), "captions": ["a green star"]}]
+    wrong = run("retrieval", twins).scores
+    assert wrong["retrieval/duplicates"] == pytest.approx(2 / 3)
+    assert wrong["retrieval/image_to_text/R@1"] == pytest.approx(1 / 3)         # equal texts tie, against the model
+    right = run("retrieval", twins, duplicates="right").scores
+    assert right["retrieval/image_to_text/R@1"] == right["retrieval/text_to_image/R@1"] == 1
+    assert right["retrieval/text_to_image/R@1/chance"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    with pytest.raises(ConfigError, match="duplicates='good'"):
+        run("retrieval", twins, duplicates="good")
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_collapsed_or_broken_model_ranks_last(value):
+    same = np.full((6, 3), value)
+    ranks, _, _ = rank(same, same, [[i] for i in range(6)])
+    assert ranks.tolist() == [6] * 6
+
+
+def test_ranks_do_not_depend_on_the_chunk(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, targets = unit(rng.normal(size=(50, 8))), unit(rng.normal(size=(70, 8)))
+    right = [sorted(rng.choice(70, size=rng.integers(1, 4), replace=False).tolist()) for _ in range(50)]
+    whole = rank(queries, targets, right)
+    monkeypatch.setattr("vlm_jax.evals.rank.CELLS", 150)
+    for a, b in zip(whole, rank(queries, targets, right)):
+        np.testing.assert_array_equal(a, b)
+    full = queries @ targets.T
+    wanted = [1 + sum(full[q, t] >= max(full[q, r]) for t in range(70) if t not in r) for q, r in enumerate(right)]
+    assert whole[0].tolist() == wanted
+    assert (whole[1] == np.argsort(-full, axis=1)[:, :5]).all()
+
+
+def test_chance_levels_match_random_orders():
+    rng, total, sizes = np.random.default_rng(0), 12, np.array([1, 2, 5])
+    drawn = np.array([[rng.permutation(total)[:p].min() + 1 for p in sizes] for _ in range(20_000)])
+    for k in (1, 3, 10, 12):
+        assert chance_within(k, total, sizes) == pytest.approx((drawn <= k).mean(), abs=0.01)
+    assert chance_mean(total, sizes) == pytest.approx(drawn.mean(), abs=0.05)
+    assert chance_median(total, sizes) == np.median(drawn)
+
+
+def test_retrieval_pictures_hold_what_they_show():
+    out = run("retrieval", queries=2)
+    similarity = out.pictures["similarity"]
+    assert similarity["matrix"].shape == (5, 5) and len(similarity["images"]) == len(similarity["captions"]) == 5
+    assert similarity["captions"][0] == "a red circle" and similarity["images"][0].dtype == np.uint8
+    first = out.pictures["neighbours"][0]
+    assert first["query"] == "a red circle" and first["right"] == [True] + [False] * 4
+    assert first["scores"] == sorted(first["scores"], reverse=True) and len(first["images"]) == 5
+
+
+def test_cut_captions_are_counted():
+    long = [dict(SAMPLES[0], captions=["a red circle above a small blue square"]), SAMPLES[1]]
+    assert run("retrieval", long).scores["retrieval/truncated"] == 0.5
+
+
+# zero-shot
+
+def test_zeroshot_scores_chance_and_majority():
+    out = run("zeroshot", classes=("red", "blue", "green"), templates=("a {}", "the small {}"))
+    assert [i["predicted"] for i in out.items] == ["red", "blue", "green", "red", "green"]
+    assert out.scores["zeroshot/top1"] == pytest.approx(4 / 5)
+    assert out.scores["zeroshot/top1/chance"] == pytest.approx(1 / 3)
+    assert out.scores["zeroshot/top1/majority"] == pytest.approx(3 / 5)
+    assert out.scores["zeroshot/mean_per_class"] == pytest.approx((2 / 3 + 1 + 1) / 3)
+    assert out.scores["zeroshot/top1/ci_low"] < 0.8 < out.scores["zeroshot/top1/ci_high"]
+    assert "zeroshot/top5" not in out.scores                # of three classes it would be 1 for anything
+    assert out.pictures["neighbours"][0]["query"] == "red"
+
+
+def test_zeroshot_normalises_averages_and_normalises_again():
+    weights = {"3": (1.0, 0.0), "10": (0.6, 0.8), "4": (0.0, 1.0)}    # a, the, red
+
+    def two(batch):
+        if "image" in batch:
+            return {"image_embed": unit(batch["image"][:, 0, 0, :2].astype(np.float32))}
+        vectors = [weights[str(row[1])] if row[1] != 4 else weights["4"] for row in batch["text"]]
+        return {"text_embed": 7 * np.array(vectors, np.float32)}      # lengths must not matter
+    samples = [{"vector": (89, 45, 0), "captions": ["a red"], "label": 0},
+               {"vector": (80, 60, 0), "captions": ["a red"], "label": 0}]
+    out = run("zeroshot", samples, {"embed": two}, classes=("circle", "red"), templates=("a {}", "the {}"))
+    # both classes start with "a"/"the": equal ensembles of (1,0) and (.6,.8), a tie that counts against
+    assert out.scores["zeroshot/top1"] == 0
+    mean = unit(np.array([0.8, 0.4]))
+    assert out.items[0]["similarity"] == pytest.approx([unit(np.array([89.0, 45.0])) @ mean] * 2, abs=1e-6)
+
+
+def test_zeroshot_takes_classes_from_the_source_and_names_bad_labels():
+    class Source:
+        classes = ["red", "blue", "green"]
+    assert run("zeroshot", source=Source(), templates="plain").scores["zeroshot/classes"] == 3
+    with pytest.raises(ConfigError, match="sample 'k2' has label=2"):
+        run("zeroshot", classes=("red", "blue"), templates="plain")
+    with pytest.raises(ConfigError, match="names two classes"):
+        run("zeroshot")
+
+
+def test_zeroshot_top5_and_majority_of_the_five_most_frequent():
+    names = ("red", "blue", "green", "a", "the", "small")
+    out = run("zeroshot", classes=names, templates="plain").scores
+    assert out["zeroshot/top5/chance"] == pytest.approx(5 / 6) and out["zeroshot/top5/majority"] == 1
+
+
+def test_prompt_templates():
+    assert len(prompts.TEMPLATES["clip80"]) == len(set(prompts.TEMPLATES["clip80"])) == 80
+    assert len(prompts.TEMPLATES["clip7"]) == 7 and set(prompts.TEMPLATES["clip7"]) < set(prompts.TEMPLATES["clip80"])
+    for name in prompts.TEMPLATES:
+        assert all(t.count("{}") == 1 for t in prompts.templates(name))
+    with pytest.raises(ConfigError, match="templates='foto'.*nearest: 'photo'"):
+        prompts.templates("foto")
+    with pytest.raises(ConfigError, match="exactly one"):
+        prompts.templates(("a photo",))
+
+
+# captions
+
+class Scenes:
+    def judge(self, index, caption):
+        wanted = SAMPLES[index]["captions"][0].split()
+        facts = {"exact": caption.split() == wanted, "colour": wanted[1] in caption.split()}
+        return facts | ({"shape": wanted[2] in caption.split()} if index != 1 else {})
+
+
+GENERATED = ["a red circle", "A  blue square", "a green circle", "a green circle", "a red circle"]
+
+
+def captioner(texts, seen):
+    position = iter(range(0, 100, 4))
+
+    def generate(batch, **options):
+        seen.append((batch["image"].shape, options))
+        start = next(position)
+        rows = (texts[start:start + 4] + [""] * 4)[:4]
+        return {"text": Tokenizer()([t.lower() for t in rows], 8)[0], "score": np.arange(4.0)}
+    return {"generate": generate, "embed": embed}
+
+
+def test_caption_scores_and_baselines():
+    seen = []
+    out = run("caption", predict=captioner(GENERATED, seen), source=Scenes(), method="beam", beams=3, max_length=8)
+    assert seen == [((4, 2, 2, 3), {"method": "beam", "beams": 3, "max_length": 8})] * 2
+    s = out.scores
+    assert s["caption/exact"] == pytest.approx(3 / 5) and s["caption/facts/exact"] == pytest.approx(3 / 5)
+    assert s["caption/facts/colour"] == pytest.approx(4 / 5)
+    assert s["caption/facts/shape"] == pytest.approx(2 / 4)  # no such fact for one image
+    assert s["caption/distinct"] == pytest.approx(3 / 5) and s["caption/distinct/reference"] == 1
+    tokens = [g.lower().split() for g in GENERATED]
+    references = [[c.split() for c in x["captions"]] for x in SAMPLES]
+    assert s["caption/BLEU-4"] == text_metrics.bleu(tokens, references)
+    assert s["caption/CIDEr-D"] == text_metrics.cider_d(tokens, references)[0]
+    assert s["caption/ROUGE-L"] == text_metrics.rouge_l(tokens, references)[0]
+    constant = [["a", "blue", "square"]] * 5                 # all are said once: the first in the alphabet
+    assert s["caption/ROUGE-L/most_frequent"] == text_metrics.rouge_l(constant, references)[0]
+    assert s["caption/exact/chance"] == 0                    # the captions of these five all differ
+    assert "caption/exact/nearest" not in s
+    for name in ("exact", "facts/colour", "BLEU-4", "CIDEr-D", "ROUGE-L"):
+        assert s[f"caption/{name}/ci_low"] <= s[f"caption/{name}"] <= s[f"caption/{name}/ci_high"]
+    assert out.items[1]["generated"] == "a blue square" and out.items[1]["score"] == 1.0
+    assert out.items[2]["facts"] == {"exact": False, "colour": True, "shape": False}
+
+
+def test_caption_baselines_from_training_samples():
+    train = [{"vector": (100, 0, 0), "captions": ["a red circle"]}, {"vector": (0, 99, 0), "captions": ["a blue square"]},
+             {"vector": (0, 1, 50), "captions": ["a green star"]}, {"vector": (10, 1, 50), "captions": ["a blue square"]}]
+    out = run("caption", predict=captioner(GENERATED, []), train_batches=batches(train)).scores
+    assert out["caption/exact/most_frequent"] == pytest.approx(1 / 5)           # "a blue square"
+    assert out["caption/exact/nearest"] == pytest.approx(3 / 5)                 # right for the first three
+
+
+def test_caption_pictures_show_right_and_wrong():
+    shown = run("caption", predict=captioner(GENERATED, []), source=Scenes(), shown=4).pictures["captions"]
+    assert [p["ok"] for p in shown] == [True, True, False, False]
+    assert shown[2]["generated"] == "a green circle" and shown[2]["reference"] == "a green star"
+
+
+def test_a_misspelt_or_missing_name_says_what_is_there():
+    with pytest.raises(ConfigError, match="'retreival'.*nearest: 'retrieval'"):
+        run("retreival")
+    with pytest.raises(ConfigError, match="'caption' needs predict function 'generate'"):
+        run("caption")
+    with pytest.raises(TypeError, match="beems"):
+        run("caption", predict=captioner(GENERATED, []), beems=3)
+    with pytest.raises(ConfigError, match="no samples"):
+        run("retrieval", [])
+    with pytest.raises(ConfigError, match="'k1' has none"):
+        evals.run("retrieval", {"embed": embed}, [dict(b, meta=[dict(m, captions=[] if m.get("index") else ["a"])
+                  for m in b["meta"]]) for b in batches(SAMPLES)], tokenizer=Tokenizer())
+
+
+# metrics
+
+@pytest.mark.parametrize("name", sorted(GOLDEN["sets"]))
+def test_caption_metrics_equal_the_coco_evaluation(name):
+    stored = GOLDEN["sets"][name]
+    items = [GOLDEN["items"][i] for i in stored["items"]]
+    candidates = [i["candidate"].split() for i in items]
+    references = [[r.split() for r in i["references"]] for i in items]
+    for n in range(1, 5):
+        assert text_metrics.bleu(candidates, references, n) == pytest.approx(stored["bleu"][n - 1], abs=1e-8)
+    mean, each = text_metrics.cider_d(candidates, references)
+    assert mean == pytest.approx(stored["cider_d"], abs=1e-9)
+    np.testing.assert_allclose(each, stored["cider_d_each"], atol=1e-9)
+    mean, each = text_metrics.rouge_l(candidates, references)
+    assert mean == pytest.approx(stored["rouge_l"], abs=1e-9)
+    np.testing.assert_allclose(each, stored["rouge_l_each"], atol=1e-9)
+
+
+def test_golden_captions_reach_the_length_penalties():
+    def lengths(name):
+        items = [GOLDEN["items"][i] for i in GOLDEN["sets"][name]["items"]]
+        return text_metrics.bleu_parts([i["candidate"].split() for i in items],
+                                       [[r.split() for r in i["references"]] for i in items]).sum(0)[:2]
+    assert lengths("short")[0] < lengths("short")[1] and lengths("natural")[0] != lengths("natural")[1]
+
+
+def test_metrics_of_nothing_in_common():
+    assert text_metrics.bleu([["a"]], [[["b"]]]) == 0
+    assert text_metrics.bleu([[]], [[["b"]]]) == 0
+    assert text_metrics.rouge_l([[]], [[["b"]]])[0] == 0
+    assert text_metrics.cider_d([["a"], []], [[["b"]], [["c"]]])[0] == 0
+
+
+def test_tokenise_splits_as_the_treebank_does():
+    text = "A man\u2019s dog, running -- \"fast\"! Don't stop the T-shirt (3.5 m)... they'll rock"
+    assert text_metrics.tokenise(text) == ["a", "man", "'s", "dog", "running", "fast", "do", "n't", "stop", "the", "t-shirt",
+                                           "3.5", "m", "they", "'ll", "rock"]
+
+
+# bootstrap and items
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    rng, covered, narrow, wide = np.random.default_rng(0), 0, [], []
+    for trial in range(200):
+        low, high = bootstrap.mean_interval(rng.normal(size=60), seed=trial, samples=400)
+        covered += low <= 0 <= high
+    assert 0.90 <= covered / 200 <= 0.98
+    units = np.repeat(np.arange(40), 5)                     # five equal values per unit are one observation
+    values = np.repeat(rng.normal(size=40), 5)
+    narrow, wide = bootstrap.mean_interval(values), bootstrap.mean_interval(values, units)
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(math.sqrt(5), rel=0.15)
+    assert bootstrap.mean_interval(values, units) == wide
+    assert all(math.isnan(x) for x in bootstrap.mean_interval(np.array([])))
+
+
+def test_items_are_written_as_json_lines(tmp_path):
+    out = run("retrieval")
+    evals.write_items(tmp_path / "a" / "items.jsonl", out.items + [{"x": np.float32(0.5), "y": np.arange(2), "z": "é"}])
+    rows = [json.loads(line) for line in (tmp_path / "a" / "items.jsonl").read_text("utf-8").splitlines()]
+    assert rows[:-1] == out.items and rows[-1] == {"x": 0.5, "y": [0, 1], "z": "é"}
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["items.jsonl"]

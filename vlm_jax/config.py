@@ -1,0 +1,155 @@
+"""Configs: what every file in configs/ is made of. Imports nothing heavy, so ``--help`` is quick.
+
+A config is ``{"stage_order": (...), "stages": {name: stage}}`` and a stage has exactly the keys
+of ``STAGE_KEYS``. A section is given as keyword arguments to the function that reads it, so a
+misspelt or unread key is an error before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.errors import ConfigError, nearest
+
+STAGE_KEYS = ("system", "model", "loss", "trainable", "init", "optim", "data", "evals", "steps", "checkpoint", "log",
+              "mesh", "rules", "seed")
+# May differ between a run and its resumption; every other change is refused by name.
+MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
+              "data.eval", "mesh", "rules")
+
+
+def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:
+    """Reads the text after the colon of ``--config=configs/x.py:base,res=288``.
+
+    ``declared``: name -> default, or a tuple of choices whose first is the default. The first
+    declared name may be given without its name. Values take the type of their default.
+    Raises ConfigError for an argument that is not declared.
+    """
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in declared.items()}
+    first = next(iter(declared), None)
+    for i, part in enumerate(p.strip() for p in (arg or "").split(",") if p.strip()):
+        name, equals, text = part.partition("=")
+        if not equals:
+            choices = declared[first] if first and isinstance(declared[first], tuple) else ()
+            if first is None or i or (choices and part not in choices):
+                known = list(choices if not i else ()) + [f"{k}=" for k in declared]
+                raise ConfigError(f"config argument {part!r} is not known{nearest(part, known)}")
+            name, text = first, part
+        if name not in declared:
+            raise ConfigError(f"config argument {name!r} is not declared{nearest(name, declared)}")
+        default = values[name]
+        if isinstance(declared[name], tuple) and text not in map(str, declared[name]):
+            raise ConfigError(f"config argument {name}={text!r} is not a choice{nearest(text, declared[name])}")
+        try:
+            if isinstance(default, bool):
+                values[name] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            else:
+                values[name] = text if default is None else type(default)(text)
+        except (ValueError, KeyError):
+            raise ConfigError(f"config argument {name}={text!r} is not a {type(default).__name__}") from None
+    return ConfigDict(values)
+
+
+def stage(**sections: Any) -> dict[str, Any]:
+    """One complete stage: ``sections`` over the defaults that hold for every system."""
+    defaults: dict[str, Any] = dict(
+        loss={}, trainable=(".*",), init=(), evals={}, seed=0, rules="dp",
+        mesh=dict(data=0, fsdp=0, tensor=0), checkpoint=dict(every=1000, keep=2),
+        log=dict(every=10, tensorboard=False, wandb=""))
+    out = {**defaults, **sections}
+    for key in ("checkpoint", "log", "mesh"):
+        out[key] = {**defaults[key], **out[key]}
+    unknown = set(out) - set(STAGE_KEYS)
+    missing = set(STAGE_KEYS) - set(out)
+    if unknown:
+        key = sorted(unknown)[0]
+        raise ConfigError(f"stage key {key!r} is not known{nearest(key, STAGE_KEYS)}")
+    if missing:
+        raise ConfigError(f"stage lacks {sorted(missing)}")
+    return out
+
+
+def stages(order: tuple[str, ...], **named: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run: the stages that the plain command runs in ``order``, and others by name."""
+    for name in order:
+        if name not in named:
+            raise ConfigError(f"stage_order names {name!r}, which is not a stage{nearest(name, named)}")
+    return ConfigDict(dict(stage_order=tuple(order), stages=dict(named)))
+
+
+def check_stage(name: str, stage_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the stage has exactly the keys of ``STAGE_KEYS``."""
+    for key in stage_config:
+        if key not in STAGE_KEYS:
+            raise ConfigError(f"stages.{name}.{key} is not a key of a stage{nearest(key, STAGE_KEYS)}")
+    for key in STAGE_KEYS:
+        if key not in stage_config:
+            raise ConfigError(f"stages.{name}.{key} is missing")
+
+
+def call(fn: Callable[..., Any], section: Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
+    """``fn(*args, **given, **section)``, refusing keys that ``fn`` does not read by name.
+
+    ``where``: the section's path for the message, such as "stages.pretrain.optim".
+    """
+    signature = inspect.signature(fn)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        bound = list(signature.parameters)[len(args):]
+        known = [k for k in bound if k not in given]
+        for key in section:
+            if key not in known:
+                raise ConfigError(f"{where}.{key}={section[key]!r} is not a known key{nearest(key, known)}")
+    section = {k: to_plain(v) for k, v in section.items()}
+    try:
+        return fn(*args, **given, **section)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def to_plain(value: Any) -> Any:
+    """ConfigDict -> dict, all the way down."""
+    if isinstance(value, (Mapping, ConfigDict)):
+        return {k: to_plain(v) for k, v in value.items()}
+    return type(value)(to_plain(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(to_plain(config), indent=1, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of ``to_json``; lists come back as tuples."""
+    def freeze(value):
+        if isinstance(value, dict):
+            return {k: freeze(v) for k, v in value.items()}
+        return tuple(freeze(v) for v in value) if isinstance(value, list) else value
+    return ConfigDict(freeze(json.loads(text)))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)) and value:
+            out.update(flatten(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = json.loads(json.dumps(to_plain(value)))
+    return out
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys that differ between two stage configs and may not, one line each."""
+    a, b = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(a.keys() | b.keys()):
+        if any(key == k or key.startswith(k + ".") for k in MAY_CHANGE):
+            continue
+        if a.get(key, "(absent)") != b.get(key, "(absent)"):
+            lines.append(f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}")
+    return lines

@@ -1,0 +1,114 @@
+"""What the operator sees: the overview at the start, the bar, the scores. Plain lines without a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 5.0   # without a terminal, at most one line in this time
+HIDDEN = ("step", "lr", "bad_steps")
+
+
+def amount(n: float, unit: str = "") -> str:
+    """1234567 -> '1.23 M'."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= factor:
+            return f"{n / factor:.3g} {letter}{unit}"
+    return f"{n:.3g} {unit}".rstrip()
+
+
+class Console:
+    def __init__(self):
+        self.rich = RichConsole(highlight=False)
+
+    def say(self, text: str) -> None:
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        if self.rich.is_terminal and not self.rich._live_stack:
+            with self.rich.status(f"{what} ..."):
+                yield
+        else:
+            yield
+        self.say(f"{what}: {time.perf_counter() - began:.1f} s")
+
+    def overview(self, name: str, folder: Any, plan: Any, mesh: Any, config: Mapping[str, Any],
+                 example: Mapping[str, Any], program: Any, source: Any) -> None:
+        """Towers and parameters, mesh, memory forecast, one decoded example with its tokens."""
+        towers = Table(title=f"{config['system']}, stage {name} -> {folder}", box=box.SIMPLE, title_justify="left")
+        towers.add_column("tower")
+        for column in ("parameters", "trained", "frozen"):
+            towers.add_column(column, justify="right")
+        tops = sorted({p.split("/")[0] for p in plan.shapes})
+        for top in tops:
+            prefix = top + "/" if top + "/" in "".join(p[: len(top) + 1] for p in plan.shapes if p.startswith(top + "/")) else top
+            towers.add_row(top, *(f"{plan.count(prefix, t):,}" for t in (None, True, False)))
+        towers.add_row("total", *(f"{plan.count('', t):,}" for t in (None, True, False)), style="bold")
+        self.rich.print(towers)
+        device = mesh.devices.flat[0]
+        self.say(f"mesh: {' x '.join(f'{a}={n}' for a, n in mesh.shape.items())} on {mesh.devices.size} "
+                 f"{device.platform} device(s) ({device.device_kind}), rules {config['rules']}")
+        if program is not None:
+            analysis = program.memory_analysis()
+            if analysis is not None:
+                held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+                self.say(f"memory forecast per device: {amount(held + temporary, 'B')} (state and batch {amount(held, 'B')}, "
+                         f"temporaries {amount(temporary, 'B')})")
+        data = config["data"]
+        self.say(f"data: {data['train']}: {len(source):,} samples, batch {data['batch']}, {config['steps']} steps = "
+                 f"{config['steps'] * data['batch'] / max(1, len(source)):.3g} epochs")
+        self.say(f"captions: {example['tokens_mean']:.1f} tokens on average, {example['tokens_max']} at most, cut to {data['length']}: "
+                 f"{example['truncated']:.1%} (of {example['captions']} looked at)")
+        self.say(f"example {example['key']!r}: {example['caption']!r}\n  ids {example['ids']}\n  read back: {example['decoded']!r}; "
+                 f"image {'x'.join(map(str, example['image'].shape))} uint8")
+
+    @contextlib.contextmanager
+    def bar(self, name: str, start: int, total: int) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
+        """Yields ``progress(row, step)``."""
+        def describe(row: Mapping[str, Any]) -> str:
+            terms = "  ".join(f"{k} {v:.3f}" for k, v in row.items()
+                              if isinstance(v, float) and "/" not in k and k not in HIDDEN)
+            speed = (f"  {row['time/images_per_s']:.0f} images/s  data wait {row['time/data_wait']:.1%}"
+                     if "time/images_per_s" in row else "")
+            return terms + speed
+
+        if self.rich.is_terminal:
+            columns = (TextColumn(f"{name}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[terms]}"))
+            with Progress(*columns, console=self.rich) as progress:
+                task = progress.add_task(name, total=total, completed=start, terms="")
+                yield lambda row, step: progress.update(task, completed=step, terms=describe(row))
+            return
+        began, last = time.perf_counter(), [0.0]
+
+        def plain(row: Mapping[str, Any], step: int) -> None:
+            now = time.perf_counter()
+            if step == total or now - last[0] >= PLAIN_SECONDS:
+                last[0] = now
+                left = (now - began) / max(1, step - start) * (total - step)
+                self.say(f"{name} {step}/{total}  {describe(row)}  left {left:.0f} s")
+        yield plain
+
+    def scores(self, scores: Mapping[str, float], step: int) -> None:
+        """Each score with its chance, baseline and interval beside it."""
+        table = Table(title=f"scores at step {step}", box=box.SIMPLE, title_justify="left")
+        table.add_column("score")
+        for column in ("value", "95% interval", "chance", "baseline"):
+            table.add_column(column, justify="right")
+        ends = ("/chance", "/ci_low", "/ci_high", "/baseline")
+        for key, value in scores.items():
+            if key.endswith(ends):
+                continue
+            low, high = scores.get(key + "/ci_low"), scores.get(key + "/ci_high")
+            table.add_row(key, f"{value:.4g}", f"{low:.3f} - {high:.3f}" if low is not None else "",
+                          *(f"{scores[key + e]:.4g}" if key + e in scores else "" for e in ("/chance", "/baseline")))
+        self.rich.print(table)

@@ -1,0 +1,229 @@
+"""Image decoding and the operations of an augmentation chain, on Pillow.
+
+A chain is written "random_resized_crop(64, scale=0.8..1)|flip|rand_augment(2,5)"; an operation's
+``size`` is the pipeline's where it is not given. Operations take (image, rng, arguments) and return
+an image. Geometry runs in the image's own mode; RGB comes at the end, after the crop, as CLIP's
+preprocessing has it. Filters are bicubic with antialiasing (Pillow's own).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from vlm_jax.data.bad import BadSample
+from vlm_jax.data.chain import parse_chain
+
+MAX_PIXELS = 2**26
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes JPEG, PNG, WebP, GIF or BMP to an image of mode RGB, L or CMYK.
+
+    Of an animation the first frame; transparency is laid over white; 16-bit grey is rounded to 8. EXIF rotation
+    is not applied (as in the CLIP lineage's loaders). Raises BadSample: "empty_image", "not_an_image",
+    "too_many_pixels" (told from the header, before any pixel is decoded), "truncated_image", "broken_image".
+    """
+    if not data:
+        raise BadSample("empty_image")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise BadSample("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
+        image.load()
+        return _flatten(image)
+    except Image.UnidentifiedImageError:
+        raise BadSample("not_an_image", f"starts with {data[:16]!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample("too_many_pixels", str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        raise BadSample("truncated_image" if "truncated" in str(error) else "broken_image", str(error)) from None
+
+
+def to_image(picture: Any) -> Image.Image:
+    """A path, encoded bytes, Pillow image or uint8 [h, w, 3] (or [h, w] grey) -> an image as ``decode`` gives. Raises BadSample, OSError."""
+    if isinstance(picture, Image.Image):
+        return _flatten(picture)
+    if isinstance(picture, bytes):
+        return decode(picture)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise ValueError(f"an image array of {picture.dtype} {picture.shape} is not uint8 [h, w, 3]")
+        return _flatten(Image.fromarray(picture))
+    with open(picture, "rb") as file:
+        return decode(file.read())
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """To RGB, L or CMYK: palettes resolved, transparency over white, 16 bits to 8."""
+    if image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# ---- geometry ----------------------------------------------------------------------------------
+
+def _scale_to(image, size, pick):
+    """Resizes so that the shorter (``pick=min``) or longer side is ``size``, keeping the aspect (rounded down, as torchvision)."""
+    side = pick(image.size)
+    if side == size:
+        return image
+    return image.resize(tuple(size if s == side else max(1, int(size * s / side)) for s in image.size), BICUBIC)
+
+
+def resize(image, rng, size: int):
+    """Shortest side to ``size``."""
+    return _scale_to(image, size, min)
+
+
+def squash(image, rng, size: int):
+    """To size x size, the aspect ignored."""
+    return image if image.size == (size, size) else image.resize((size, size), BICUBIC)
+
+
+def center_crop(image, rng, size: int):
+    """The middle size x size; smaller images are padded with black."""
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, rng, size: int):
+    """A random size x size; an image with a shorter side is enlarged first."""
+    if min(image.size) < size:
+        image = _scale_to(image, size, min)
+    left, top = (int(rng.integers(0, s - size + 1)) for s in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(image, rng, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size (Szegedy et al. 2015; torchvision)."""
+    width, height = image.size
+    draws = rng.random((10, 2)).tolist()
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for u, v in draws:
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * u)
+        aspect = math.exp(low + (high - low) * v)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            break
+    else:  # the largest centred crop of an allowed ratio
+        aspect = min(max(width / height, ratio[0]), ratio[1])
+        w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+        left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((size, size), BICUBIC)
+
+
+def pad(image, rng, fill: int = 255):
+    """To a square of the longer side, centred on grey level ``fill``."""
+    side = max(image.size)
+    out = Image.new("RGB", (side, side), (fill,) * 3)
+    out.paste(_rgb(image), ((side - image.width) // 2, (side - image.height) // 2))
+    return out
+
+
+def flip(image, rng, p: float = 0.5):
+    """Left-right with probability ``p``."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < p else image
+
+
+# ---- colour ------------------------------------------------------------------------------------
+
+def color_jitter(image, rng, brightness: float = 0.32, contrast: float = 0.32, saturation: float = 0.32,
+                 hue: float = 0.08, p: float = 0.8):
+    """Brightness, contrast, saturation (factors in 1 +- the number) and hue (turns), in random order, with probability ``p``."""
+    if rng.random() >= p:
+        return image
+    image = _rgb(image)
+    draws = rng.uniform(-1, 1, 4).tolist()
+    for i in rng.permutation(4).tolist():
+        if i == 3:
+            if hue:
+                h, s, v = image.convert("HSV").split()
+                turn = round(draws[3] * hue * 256)
+                image = Image.merge("HSV", (h.point([(x + turn) % 256 for x in range(256)]), s, v)).convert("RGB")
+        else:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
+            image = enhance(image).enhance(max(0.0, 1 + draws[i] * (brightness, contrast, saturation)[i]))
+    return image
+
+
+def grayscale(image, rng, p: float = 0.2):
+    """Grey with probability ``p``."""
+    return image.convert("L") if rng.random() < p else image
+
+
+def _affine(image, matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
+
+
+_RAND_AUGMENT = {  # (image, level in 0..1, sign)
+    "identity": lambda im, level, sign: im,
+    "autocontrast": lambda im, level, sign: ImageOps.autocontrast(im),
+    "equalize": lambda im, level, sign: ImageOps.equalize(im),
+    "brightness": lambda im, level, sign: ImageEnhance.Brightness(im).enhance(0.1 + 1.8 * level),
+    "sharpness": lambda im, level, sign: ImageEnhance.Sharpness(im).enhance(0.1 + 1.8 * level),
+    "shear_x": lambda im, level, sign: _affine(im, (1, 0.3 * level * sign, 0, 0, 1, 0)),
+    "shear_y": lambda im, level, sign: _affine(im, (1, 0, 0, 0.3 * level * sign, 1, 0)),
+    "translate_x": lambda im, level, sign: _affine(im, (1, 0, 10 * level * sign, 0, 1, 0)),
+    "translate_y": lambda im, level, sign: _affine(im, (1, 0, 0, 0, 1, 10 * level * sign)),
+    "rotate": lambda im, level, sign: im.rotate(30 * level * sign, Image.Resampling.BILINEAR, fillcolor=(128,) * 3),
+}
+
+
+def rand_augment(image, rng, n: int, m: float, p: float = 0.5):
+    """``n`` operations drawn from ALBEF's list (none inverts colours) at magnitude ``m`` of 10, each done with
+    probability ``p``. Ranges are those of the ALBEF release: shear 0.3, translate 10 pixels, rotate 30 degrees, at m = 10."""
+    image, names = _rgb(image), list(_RAND_AUGMENT)
+    for i in rng.integers(0, len(names), n).tolist():
+        if rng.random() < p:
+            image = _RAND_AUGMENT[names[i]](image, m / 10, 1 if rng.random() < 0.5 else -1)
+    return image
+
+
+OPS: Mapping[str, Callable] = {f.__name__: f for f in (
+    resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment)}
+
+
+class Chain:
+    """A parsed chain; calling it with (image, rng) gives uint8 [size, size, 3].
+
+    ``image`` is a Pillow image or uint8 [h, w, 3]. Raises ValueError at once for unknown operations and arguments, and for
+    a chain that leaves a test picture (three times as wide as high, and the reverse) in any shape but size x size.
+    """
+
+    def __init__(self, text: str, size: int):
+        self.text, self.size = text, size
+        self._calls = [(function, arguments) for _, function, arguments in parse_chain(text, OPS, 2, {"size": size})]
+        for shape in ((3 * size, size), (size, 3 * size)):
+            result = self(Image.new("RGB", shape), np.random.default_rng(0))
+            if result.shape != (size, size, 3):
+                raise ValueError(f"augment={text!r} turns a {shape[0]} x {shape[1]} image into {result.shape[1]} x "
+                                 f"{result.shape[0]}, not size={size} squared; end it with center_crop, squash or a random crop")
+
+    def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            image = to_image(image)
+        for function, arguments in self._calls:
+            image = function(image, rng, **arguments)
+        return np.asarray(_rgb(image))

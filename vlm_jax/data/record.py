@@ -1,0 +1,173 @@
+"""From a stored record to a raw sample: which fields are caption, label and image, and what is wrong with them."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.data.bad import BadSample
+
+
+class Field(NamedTuple):
+    """Where a value stands in a record: member ``kind`` ("txt", "json"), ``path`` inside its JSON ("a/b")."""
+    kind: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}" if self.path else self.kind
+
+
+def parse_field(text: str) -> Field:
+    """"txt" or "json:FIELD" ("json:a/b" for a nested one). Raises ValueError on anything else."""
+    kind, _, path = text.strip().partition(":")
+    if not kind or (kind.endswith("json") and not path) or (path and not kind.endswith("json")):
+        raise ValueError(f"{text!r} is not a field; write the extension of a text member (\"txt\") or \"json:FIELD\"")
+    return Field(kind.lower(), path)
+
+
+def parse_captions(text: str) -> tuple[tuple[Field, float], ...]:
+    """"txt" or, with weights, "txt@1;json:title@2" -> ((field, weight), ...)."""
+    out = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, at, weight = part.rpartition("@")
+        try:
+            value = float(weight) if at else 1.0
+        except ValueError:
+            value = 0.0
+        if not value > 0:
+            raise ValueError(f"caption={text!r}: the weight in {part!r} is not a positive number")
+        out.append((parse_field(name if at else part), value))
+    if not out:
+        raise ValueError(f"caption={text!r} names no field; write \"txt\", \"json:FIELD\" or \"txt@1;json:title@2\"")
+    return tuple(out)
+
+
+def field_value(record: dict[str, Any], field: Field) -> Any:
+    """The value of a field, or None. Text is decoded strictly; raises BadSample on bad UTF-8 or JSON."""
+    value = record.get(field.kind)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample("caption_not_utf8" if not field.path else "json_not_utf8", str(error)) from None
+        if field.path:
+            try:
+                value = record[field.kind] = json.loads(value)  # kept parsed for the next field of it
+            except ValueError as error:
+                raise BadSample("bad_json", str(error)) from None
+    for name in filter(None, field.path.split("/")):
+        if isinstance(value, Mapping):
+            value = value.get(name)
+        elif isinstance(value, Sequence) and not isinstance(value, str):  # a list of records: the field of each
+            value = [v[name] for v in value if isinstance(v, Mapping) and name in v]
+        else:
+            return None
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    """The non-empty strings in a caption field, which holds one caption or a list of them; white space becomes single spaces."""
+    texts = []
+    for text in value if isinstance(value, (list, tuple, np.ndarray)) else [value]:
+        try:
+            text = text.decode("utf-8") if isinstance(text, bytes) else text
+            if isinstance(text, str) and text.strip():
+                text.encode("utf-8")  # JSON may hold half a surrogate pair
+                texts.append(" ".join(text.split()))
+        except UnicodeError as error:
+            raise BadSample("caption_not_utf8", str(error)) from None
+    return texts
+
+
+class RecordSource:
+    """A source whose samples are stored records; subclasses say how many there are and read one.
+
+    Raw sample: {"key": str, "image": bytes or uint8 [h,w,3] or None, "text": list of captions,
+    "text_weight": list of their drawing weights, "label": int (with ``label``), "json": dict (where a field
+    came from one)}. Reading a sample that cannot be used raises BadSample.
+    """
+
+    def __init__(self, name: str, caption: str, label: str | None = None, classes: Sequence[str] | None = None):
+        self.name = name
+        self.captions = parse_captions(caption)
+        self.label = parse_field(label) if label else None
+        self.counts: collections.Counter[str] = collections.Counter()  # left out when the index was built, by reason
+        self._classes = list(classes) if classes is not None else None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """The sample's name; names its image too (equal keys, equal images)."""
+        raise NotImplementedError
+
+    def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """{"image": ..., member kind: bytes or parsed value}; only ``kinds`` where given."""
+        raise NotImplementedError
+
+    def _check(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, not number {i}")
+        return int(i) % len(self)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = self._check(i)
+        record = self.record(i)
+        texts, weights = self._read_captions(record)
+        sample = {"key": self.key(i), "image": record.get("image"), "text": texts, "text_weight": weights}
+        if self.label:
+            sample["label"] = self._label_id(field_value(record, self.label))
+        if isinstance(record.get("json"), Mapping):
+            sample["json"] = record["json"]
+        return sample
+
+    def read_text(self, i: int) -> list[str]:
+        """The captions of a sample, without reading its image."""
+        kinds = tuple(field.kind for field, _ in self.captions)
+        return self._read_captions(self.record(self._check(i), kinds))[0]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names, by label id: as given, or the sorted distinct strings of the label field
+        (read once from every sample); None where labels are numbers or there are none."""
+        if self._classes is None and self.label and len(self):
+            first = (self._raw_label(i) for i in range(min(64, len(self))))
+            if isinstance(next((v for v in first if v is not None), None), str):
+                values = {self._raw_label(i) for i in range(len(self))}
+                self._classes = sorted(v for v in values if isinstance(v, str))
+        return self._classes
+
+    def _fields(self) -> list[Field]:
+        return [field for field, _ in self.captions] + ([self.label] if self.label else [])
+
+    def _raw_label(self, i: int) -> Any:
+        try:
+            return field_value(self.record(i, (self.label.kind,)), self.label)
+        except BadSample:
+            return None
+
+    def _label_id(self, value: Any) -> int:
+        if isinstance(value, str) and not value.strip().lstrip("-").isdigit():
+            try:
+                return self.classes.index(value)
+            except (ValueError, AttributeError):
+                raise BadSample("unknown_label", f"{self.label}={value!r}") from None
+        if value is None:
+            raise BadSample("missing_label", str(self.label))
+        return int(value)
+
+    def _read_captions(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
+        texts, weights, present = [], [], False
+        for field, weight in self.captions:
+            value = field_value(record, field)
+            present |= value is not None
+            found = _texts(value)
+            texts += found
+            weights += [weight / len(found)] * len(found)
+        if not texts:
+            raise BadSample("empty_caption" if present else "missing_caption", ";".join(str(f) for f, _ in self.captions))
+        return texts, weights

@@ -1,0 +1,212 @@
+"""The embedded data set ``scenes``: procedural pictures with captions, questions and boxes, by index.
+
+    source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects
+    source[0]                          # {"key", "image" [64, 64, 3], "text": [caption], "json": ...}
+
+The description of a scene is in `scene`, its picture in `scene_picture`, its words in `scene_text`.
+
+    python -m vlm_jax.data.scenes show --out=page.png            # a page of pictures with captions
+    python -m vlm_jax.data.scenes speed                          # samples a second on one core
+    python -m vlm_jax.data.scenes tokenizer --out=scenes.model   # rebuilds the committed SentencePiece model
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+import re
+import string
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.scene import CLASSES, RELATIONS, SPLITS, Scene, Thing, class_of, make_scene
+from vlm_jax.data.scene_picture import boxes, render, render_batch
+from vlm_jax.data.scene_text import (Facts, Question, SYNONYMS, canonical, caption, judge, parse, questions)
+from vlm_jax.errors import nearest
+
+__all__ = ["CLASSES", "RELATIONS", "SPLITS", "Facts", "Question", "Scene", "Scenes", "Thing", "TOKENIZER", "VIEWS",
+           "boxes", "canonical", "caption", "judge", "make_scene", "open_scenes", "parse", "questions", "render",
+           "render_batch", "train_tokenizer", "vocabulary"]
+
+TOKENIZER = pathlib.Path(__file__).parent / "assets" / "scenes.model"
+LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "heldout_pair": 1000, "heldout_triple": 1000,
+           "objects": 1050}
+VIEWS = ("boxes", "questions")
+
+
+class Scenes:
+    """Random access to the samples of one split; see `open_scenes`."""
+
+    def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str]):
+        self.split, self.size, self.count = split, size, count
+        self.canonical_share, self.views = canonical_share, tuple(views)
+        if split == "objects":
+            self.classes = list(CLASSES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def scene(self, i: int) -> Scene:
+        if not 0 <= i < self.count:
+            raise IndexError(f"scenes:{self.split} has no sample {i}; it has {self.count}")
+        return make_scene(i, self.split)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        scene = self.scene(i)
+        sample: dict[str, Any] = {"key": f"{self.split}/{i:08d}", "image": render(scene, self.size)}
+        if self.split == "train":
+            sample["text"] = [caption(scene, canonical_share=self.canonical_share)]
+        else:
+            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)]
+        if self.split == "objects":
+            sample["label"] = class_of(scene)
+        sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
+        if "boxes" in self.views:
+            sample["json"]["boxes"] = boxes(scene, self.size).tolist()
+        if "questions" in self.views:
+            sample["json"]["questions"] = [question._asdict() for question in questions(scene)]
+        return sample
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(self.count))
+
+    def judge(self, i: int, text: str) -> dict[str, bool]:
+        """What caption `text` gets right of sample `i`; see `scene_text.judge`."""
+        return judge(self.scene(i), text)
+
+
+def _facts(thing: Thing) -> dict[str, Any]:
+    return {"shape": thing.shape, "colour": thing.colour, "fill": thing.fill, "size": thing.size,
+            "material": thing.material, "x": thing.x, "y": thing.y, "radius": thing.radius}
+
+
+def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_share: float = 0.5,
+                views: Sequence[str] = ()) -> Scenes:
+    """A split of the data set as a source of samples.
+
+    A sample has key; image, uint8 [size, size, 3]; text; json (`objects`, and each of `views`: "boxes" in
+    pixels, "questions"). In "train", text is one caption, canonical with probability `canonical_share`; in the
+    other splits it is a free wording and then the canonical one. "objects" adds label, and the source has
+    `classes`. `judge(i, text)` checks a caption.
+
+    Raises ValueError for an unknown split or view, and for a size, count or share out of range.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"scenes split {split!r} is not known{nearest(split, SPLITS)}")
+    for view in views:
+        if view not in VIEWS:
+            raise ValueError(f"scenes views: {view!r} is not known{nearest(view, VIEWS)}")
+    count = LENGTHS[split] if count is None else count
+    if size < 32:
+        raise ValueError(f"scenes size {size}: shapes need 32 pixels or more")
+    if count < 1:
+        raise ValueError(f"scenes count {count}: must be 1 or more")
+    if not 0 <= canonical_share <= 1:
+        raise ValueError(f"scenes canonical_share {canonical_share}: must be from 0 to 1")
+    return Scenes(split, size, count, canonical_share, views)
+
+
+# ---- the tokenizer
+
+def vocabulary(count: int = 4000) -> list[str]:
+    """Every word of the captions, questions and answers of the first `count` training scenes, sorted."""
+    words = {word for synonyms in SYNONYMS.values() for word in synonyms}
+    for i in range(count):
+        scene = make_scene(i, "train")
+        texts = [canonical(scene), *(caption(scene, seed, canonical_share=0.0) for seed in range(3))]
+        texts += [text for question in questions(scene) for text in question[1:]]
+        words |= {word for text in texts for word in re.findall("[a-z]+", text)}
+    return sorted(words)
+
+
+def train_tokenizer() -> bytes:
+    """A SentencePiece model in which each word of `vocabulary` is one token; letters and bytes do the rest.
+
+    The ids: pad 0, bos 1, eos 2, unk 3, then the words, 256 bytes, letters and punctuation.
+    """
+    import sentencepiece
+
+    words = ["\u2581" + word for word in vocabulary()]
+    # Given the words there is nothing to learn: the corpus only says which characters are pieces.
+    letters = string.digits + string.ascii_lowercase + ",.;?'-"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([letters]), model_writer=model, model_type="unigram",
+        user_defined_symbols=words, vocab_size=4 + len(words) + 256 + len(letters) + 1,
+        byte_fallback=True, normalization_rule_name="identity", character_coverage=1.0, hard_vocab_limit=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+# ---- the command line
+
+def contact_sheet(split: str, rows: int, columns: int, size: int, scale: int):
+    """A PIL image of pictures, enlarged, with the canonical and a free caption under each."""
+    from PIL import Image, ImageDraw
+
+    side, text_height = size * scale, 104
+    page = Image.new("RGB", (columns * (side + 12) + 12, rows * (side + text_height) + 12), "white")
+    draw = ImageDraw.Draw(page)
+    source = open_scenes(split, size, rows * columns)
+    for i in range(rows * columns):
+        left, top = 12 + i % columns * (side + 12), 12 + i // columns * (side + text_height)
+        scene = source.scene(i)
+        picture = Image.fromarray(render(scene, size)).resize((side, side), Image.Resampling.NEAREST)
+        page.paste(picture, (left, top))
+        for n, text in enumerate((canonical(scene), caption(scene, canonical_share=0.0))):
+            lines = "\n".join(textwrap.wrap(text, side // 6)[:3])
+            draw.text((left, top + side + 4 + 48 * n), lines, fill=("black", "steelblue")[n], spacing=2)
+    return page
+
+
+def measure(count: int, size: int) -> dict[str, float]:
+    """Processor time of one core: samples and pictures a second, and microseconds of each part."""
+    source = open_scenes("train", size, 2 * count)
+    for i in range(256):  # tables are built on first use
+        source[i]
+    scenes = [source.scene(i) for i in range(count)]
+    parts = {"sample": source.__getitem__, "scene": source.scene, "picture": lambda i: render(scenes[i], size),
+             "caption": lambda i: caption(scenes[i]), "questions": lambda i: questions(scenes[i]),
+             "boxes": lambda i: boxes(scenes[i], size)}
+    seconds = {}
+    for name, part in parts.items():
+        start = time.process_time()
+        for i in range(count):
+            part(i)
+        seconds[name] = (time.process_time() - start) / count
+    return {"samples_per_second": 1 / seconds["sample"],
+            "pictures_per_second": 1 / (seconds["scene"] + seconds["picture"]),
+            **{f"{name}_us": 1e6 * each for name, each in seconds.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.scenes", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="a page of pictures with captions")
+    show.add_argument("--out", required=True)
+    show.add_argument("--split", default="test", choices=SPLITS)
+    show.add_argument("--rows", type=int, default=4)
+    show.add_argument("--columns", type=int, default=6)
+    show.add_argument("--size", type=int, default=64)
+    speed = commands.add_parser("speed", help="samples a second on one core")
+    speed.add_argument("--count", type=int, default=4000)
+    speed.add_argument("--size", type=int, default=64)
+    tokenizer = commands.add_parser("tokenizer", help="rebuild the SentencePiece model")
+    tokenizer.add_argument("--out", required=True)
+    args = parser.parse_args()
+    if args.command == "show":
+        contact_sheet(args.split, args.rows, args.columns, args.size, scale=max(1, 192 // args.size)).save(args.out)
+    elif args.command == "speed":
+        for name, value in measure(args.count, args.size).items():
+            print(f"{name:20s} {value:8.0f}")
+    else:
+        pathlib.Path(args.out).write_bytes(train_tokenizer())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Tokenizers with one interface: CLIP's byte-level BPE, SentencePiece, and any ``tokenizer.json``.
+
+``load(name)`` opens one; ``save(dir)`` writes a self-contained directory that ``load(dir)`` reads, so that a
+checkpoint carries its tokenizer. ``python -m vlm_jax.data.tokenizers train --input=FILE_OR_SPEC --vocab=4000 --out=DIR``
+trains SentencePiece on a data set's own captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import html
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from vlm_jax.errors import nearest
+
+DESCRIPTION = "tokenizer_kind.json"  # in a saved directory: {"kind": ...}
+CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+CLIP_PACKAGES = ("open_clip", "clip")
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    ``bos_id`` and ``eos_id`` are None where the vocabulary has none; ``pad_id`` is always a valid row of the table.
+    """
+    kind: str
+    vocab_size: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """All ids of a text, begin and end included, not shortened."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ones are dropped, and so is what follows the first end."""
+        raise NotImplementedError
+
+    def _files(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids int32 [n, length] padded on the right, mask bool [n, length] True where real, texts cut short).
+
+        A text that is too long keeps its first ids and ends in ``eos_id`` all the same.
+        """
+        ids = np.full((len(texts), length), self.pad_id, np.int32)
+        mask, cut = np.zeros((len(texts), length), bool), 0
+        for i, text in enumerate(texts):
+            row = self.encode(text)
+            if len(row) > length:
+                cut += 1
+                row = row[:length]
+                if self.eos_id is not None:
+                    row[-1] = self.eos_id
+            ids[i, :len(row)] = row
+            mask[i, :len(row)] = True
+        return ids, mask, cut
+
+    def save(self, folder: str) -> None:
+        """Writes everything that ``load(folder)`` needs."""
+        os.makedirs(folder, exist_ok=True)
+        for name, content in {**self._files(), DESCRIPTION: json.dumps({"kind": self.kind}).encode()}.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
+    def _until_end(self, ids: Iterable[int]) -> list[int]:
+        """The ids before the first end, without padding and begin. An id 0 that is also a token stays out of it."""
+        out = []
+        for i in (int(i) for i in ids):
+            if i == self.eos_id:
+                break
+            if i != self.bos_id:
+                out.append(i)
+        else:
+            while out and out[-1] == self.pad_id:
+                out.pop()
+        return out
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Begin and end are added where the model has them (T5: end alone).
+    A model without a pad id (Llama) pads with its unknown id; masks tell the two apart."""
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        p = self._processor
+        self.vocab_size = p.vocab_size()
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (p.bos_id(), p.eos_id()))
+        self.pad_id = p.pad_id() if p.pad_id() >= 0 else p.unk_id()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._processor.encode(text)
+        return [*([] if self.bos_id is None else [self.bos_id]), *ids, *([] if self.eos_id is None else [self.eos_id])]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode(self._until_end(ids))
+
+    def _files(self) -> dict[str, bytes]:
+        return {"sentencepiece.model": self._model}
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's byte-level BPE on cleaned, lower-cased text (the CLIP release's ``simple_tokenizer``): 256 byte
+    symbols, the same with "</w>", 48,894 merges, begin 49406 and end 49407; pads with 0.
+
+    The names of the special tokens inside a caption are plain text (OpenAI's own tokenizer makes ids of them).
+    Cleaning is ftfy (where installed: without it, text with broken encodings gives other ids than the release;
+    ``cleans_with_ftfy`` says which), HTML entities twice, single spaces, lower case.
+    """
+    kind = "clip"
+    MERGES = 48894
+
+    def __init__(self, vocabulary: bytes):
+        import tokenizers
+        self._vocabulary = vocabulary
+        lines = gzip.decompress(vocabulary).decode("utf-8").split("\n")[1:self.MERGES + 1]
+        merges = [tuple(line.split()) for line in lines]
+        if len(merges) != self.MERGES or any(len(m) != 2 for m in merges):
+            raise ValueError(f"{CLIP_FILE} holds {len(merges)} merges, expected {self.MERGES}")
+        symbols = list(_byte_symbols().values())
+        tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        self.vocab_size, self.pad_id = len(tokens), 0
+        self.bos_id, self.eos_id = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        self._tokens = tokens
+        self._bytes = {" ": 32, **{symbol: byte for byte, symbol in _byte_symbols().items()}}
+        # the tokenizers library does the merging (Rust); its pre-tokenizer splits as the release's pattern does
+        model = tokenizers.models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
+        self._bpe = tokenizers.Tokenizer(model)
+        pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        self._fix = _ftfy()
+        self.cleans_with_ftfy = self._fix is not None
+
+    def clean(self, text: str) -> str:
+        """The text as the BPE sees it."""
+        if self._fix and not (text.isascii() and text.isprintable() and "&" not in text):  # ftfy leaves such text alone
+            text = self._fix(text)
+        return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+    def encode(self, text: str) -> list[int]:
+        return [self.bos_id, *self._bpe.encode(self.clean(text)).ids, self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = "".join(self._tokens[i] for i in self._until_end(ids) if i < self.bos_id)
+        data = bytearray(self._bytes[c] for c in text.replace("</w>", " "))
+        return data.decode("utf-8", errors="replace").strip()
+
+    def _files(self) -> dict[str, bytes]:
+        return {CLIP_FILE: self._vocabulary}
+
+
+def _byte_symbols() -> dict[int, str]:
+    """Byte -> character, in the vocabulary's order: printable bytes stand for themselves, the rest count from 256 (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def _ftfy():
+    try:
+        import ftfy
+    except ImportError:
+        return None
+    return ftfy.fix_text
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face ``tokenizer.json`` (BERT's WordPiece, RoBERTa's BPE ...), read by the ``tokenizers`` library.
+
+    Special ids are the first of the usual names that the vocabulary has; the file's post-processor
+    decides which are added to a text.
+    """
+    kind = "json"
+    NAMES = {"pad_id": ("[PAD]", "<pad>", "<|endoftext|>", "</s>", "<|end_of_text|>"),
+             "bos_id": ("[CLS]", "<s>", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
+             "eos_id": ("[SEP]", "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>")}
+
+    def __init__(self, content: bytes):
+        import tokenizers
+        self._content = content
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        found = {field: next((vocabulary[n] for n in names if n in vocabulary), None)
+                 for field, names in self.NAMES.items()}
+        self.bos_id, self.eos_id = found["bos_id"], found["eos_id"]
+        self.pad_id = found["pad_id"] if found["pad_id"] is not None else 0
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
+
+    def _files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._content}
+
+
+KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "clip": (ClipTokenizer, CLIP_FILE),
+         "json": (JsonTokenizer, "tokenizer.json")}
+
+
+def load(name: str) -> Tokenizer:
+    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", or a directory written by ``save``.
+
+    "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
+    fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
+    and how to get it, ValueError for a name that is none of these.
+    """
+    if os.path.isdir(name):
+        return _load_saved(name)
+    kind, colon, path = name.partition(":")
+    path = os.path.expanduser(path)
+    if name == "scenes":
+        return SentencePieceTokenizer(_read(os.path.join(ASSETS, "scenes.model"), "the packaged tokenizer of the scenes"))
+    if kind == "clip":
+        return ClipTokenizer(_read(path, "CLIP's vocabulary") if path else _find_clip_vocabulary())
+    if kind == "sentencepiece" and path:
+        return SentencePieceTokenizer(_read(path, "the SentencePiece model"))
+    if kind == "hf" and path:
+        return JsonTokenizer(_read_json(path))
+    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "hf:PATH", "a directory written by save")
+    raise ValueError(f"tokenizer {name!r} is neither a known name nor a directory{nearest(name, valid)}")
+
+
+def _load_saved(folder: str) -> Tokenizer:
+    try:
+        kind = json.loads(_read(os.path.join(folder, DESCRIPTION), "a saved tokenizer's description"))["kind"]
+    except FileNotFoundError:
+        if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+            return JsonTokenizer(_read_json(folder))
+        raise
+    if kind not in KINDS:
+        raise ValueError(f"{folder} holds a tokenizer of kind {kind!r}{nearest(kind, KINDS)}")
+    make, file = KINDS[kind]
+    return make(_read(os.path.join(folder, file), f"the {kind} tokenizer's file"))
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"{what} is not at {path}") from None
+
+
+def _find_clip_vocabulary() -> bytes:
+    for package in CLIP_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if os.path.isfile(os.path.join(folder, CLIP_FILE)):
+                return _read(os.path.join(folder, CLIP_FILE), "CLIP's vocabulary")
+    raise FileNotFoundError(f"the tokenizer \"clip\" needs {CLIP_FILE}, which is in neither of the packages {', '.join(CLIP_PACKAGES)}: "
+                            f"install open_clip_torch, or name the file: \"clip:/path/{CLIP_FILE}\"")
+
+
+def _read_json(path: str) -> bytes:
+    if os.path.isdir(path):
+        path = os.path.join(path, "tokenizer.json")
+    if os.path.exists(path) or path.endswith(".json") or path.startswith((".", "/")):
+        return _read(path, "the tokenizer file")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise FileNotFoundError(f"hf:{path} is no file here, and fetching it from the hub needs huggingface_hub "
+                                f"(pip install huggingface_hub)") from None
+    return _read(huggingface_hub.hf_hub_download(path, "tokenizer.json"), "the tokenizer file")
+
+
+def check(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError where a model's token table of ``vocab_size`` rows is too small for the tokenizer."""
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} is smaller than the {tokenizer.kind} tokenizer's {tokenizer.vocab_size} "
+                         f"ids; nearest: {tokenizer.vocab_size}")
+
+
+def train(texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
+    """Trains SentencePiece on captions: NFKC, lower case; pad 0, begin 1, end 2, unknown 3, unseen characters as bytes.
+
+    ``vocab_size`` is an upper limit: few captions give fewer pieces. The same texts give the same model.
+    """
+    import sentencepiece
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, model_type=model_type,
+        hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, normalization_rule_name="nmt_nfkc_cf",
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, input_sentence_size=1_000_000,
+        shuffle_input_sentence=False, minloglevel=2)
+    return SentencePieceTokenizer(out.getvalue())
+
+
+def _captions(name: str, limit: int, caption: str | None) -> Iterable[str]:
+    """Up to ``limit`` captions of a text file (one a line) or a data source, spread over it evenly."""
+    if os.path.isfile(name):
+        with open(name, encoding="utf-8") as file:
+            for _, line in zip(range(limit), file):
+                yield line.rstrip("\n")
+        return
+    from vlm_jax.data.bad import BadSample
+    from vlm_jax.data.sources import open_source, read_text
+    source = open_source(name, caption=caption)
+    for i in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(np.int64)):
+        try:
+            yield from read_text(source, int(i))
+        except BadSample:
+            continue
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.tokenizers")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_parser = commands.add_parser("train", help="train SentencePiece on captions")
+    train_parser.add_argument("--input", required=True, help="text file, one caption a line, or a data source (tars:..., jsonl:...)")
+    train_parser.add_argument("--vocab", type=int, default=4000, help="at most this many pieces")
+    train_parser.add_argument("--out", required=True, help="directory to write")
+    train_parser.add_argument("--caption", help="caption field of the source, as in data.caption")
+    train_parser.add_argument("--model", default="unigram", choices=("unigram", "bpe"))
+    train_parser.add_argument("--limit", type=int, default=1_000_000, help="captions to read")
+    args = parser.parse_args(argv)
+    tokenizer = train(_captions(args.input, args.limit, args.caption), args.vocab, args.model)
+    tokenizer.save(args.out)
+    print(f"{args.out}: {tokenizer.vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    main()

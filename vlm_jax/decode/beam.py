@@ -1,0 +1,84 @@
+"""Beam search with the conventions of the field's reference (Hugging Face, early_stopping=False)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.decode import choose
+from vlm_jax.decode.cache import gather_rows
+
+
+class _Beams(NamedTuple):
+    position: jax.Array                                     # [] ids that stand in ``text``
+    text: jax.Array                                         # [b,k,L] running hypotheses
+    total: jax.Array                                        # [b,k] their log-probability, falling
+    ended: jax.Array                                        # [b,k,L] the best ended hypotheses
+    score: jax.Array                                        # [b,k] their score, falling; -inf: none
+    closed: jax.Array                                       # [b] bool: nothing better can come
+    cache: Any
+
+
+def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int, max_length: int, min_length: int,
+           length_penalty: float, repetition_penalty: float, eos_ids: tuple[int, ...], pad_id: int,
+           batch_axis: Any) -> dict[str, jax.Array]:
+    """Keeps the ``beams`` likeliest unfinished texts of each row; returns its best finished one.
+
+    Arguments and result as in ``generate``. Each step ranks all continuations by total
+    log-probability. Those among the first ``beams`` that end (or reach ``max_length``) compete
+    for the ``beams`` places of ended texts by score = total / continued ids ** length_penalty;
+    the best ``beams`` that do not end run on. A row closes when its places are full and the best
+    running text, scored at its present length, does not beat the worst of them: a heuristic for
+    length_penalty > 0, where a longer text may still score higher.
+    """
+    ends = jnp.array(eos_ids, jnp.int32)
+    batch, start = prompt.shape
+    first_row = jnp.arange(batch)[:, None] * beams          # of each example, in the flat [b*k] order
+
+    def advance(state: _Beams, logits) -> tuple[_Beams, jax.Array]:
+        """Adds one id to every hypothesis. Also returns which row [b*k] each one came from."""
+        vocab = logits.shape[-1]
+        scores = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocab)
+        scores = choose.penalise_repetition(scores, state.text, state.position, repetition_penalty)
+        scores = choose.forbid_early_end(scores, state.position, min_length, eos_ids)
+        totals = (state.total[:, :, None] + scores).reshape(batch, beams * vocab)
+        # Every beam has len(eos_ids) continuations that end, so this many hold `beams` that do not.
+        totals, index = jax.lax.top_k(totals, min((1 + len(eos_ids)) * beams, beams * vocab))
+        source, token = index // vocab, (index % vocab).astype(jnp.int32)
+        text = jnp.take_along_axis(state.text, source[:, :, None], axis=1).at[:, :, state.position].set(token)
+        position = state.position + 1
+        length = (position - start).astype(jnp.float32) ** length_penalty
+
+        stops = jnp.isin(token, ends) | (position == max_length)
+        may_end = stops & (jnp.arange(totals.shape[1]) < beams) & ~state.closed[:, None]
+        pool = jnp.concatenate([state.score, jnp.where(may_end, totals / length, -jnp.inf)], axis=1)
+        score, best = jax.lax.top_k(pool, beams)
+        ended = jnp.take_along_axis(jnp.concatenate([state.ended, text], axis=1), best[:, :, None], axis=1)
+
+        total, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, totals), beams)
+        running = jnp.take_along_axis(text, best[:, :, None], axis=1)
+        closed = state.closed | (total[:, 0] / length <= score[:, -1])
+        rows = first_row + jnp.take_along_axis(source, best, axis=1)
+        return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
+
+    def step(carry):
+        state, rows = carry
+        cache = gather_rows(state.cache, rows, batch_axis)
+        token = jax.lax.dynamic_slice_in_dim(state.text, state.position - 1, 1, axis=2)
+        logits, _, cache = extend(cache, token.reshape(batch * beams, 1))
+        return advance(state._replace(cache=cache), logits if logits.ndim == 2 else logits[:, -1])
+
+    logits, _, cache = prefill(prompt)
+    copies = jnp.repeat(jnp.arange(batch), beams)
+    text = jnp.full((batch, beams, max_length), pad_id, jnp.int32).at[:, :, :start].set(prompt[:, None])
+    # The copies of a prompt are one hypothesis: only the first may continue.
+    total = jnp.full((batch, beams), -jnp.inf).at[:, 0].set(0.0)
+    state = _Beams(jnp.int32(start), text, total, text, jnp.full((batch, beams), -jnp.inf), jnp.zeros(batch, bool),
+                   gather_rows(cache, copies, batch_axis))
+    logits = logits if logits.ndim == 2 else logits[:, -1]
+    carry = advance(state, jnp.repeat(logits, beams, axis=0))
+    state, _ = jax.lax.while_loop(lambda c: (c[0].position < max_length) & ~jnp.all(c[0].closed), step, carry)
+    return {"text": state.ended[:, 0], "score": state.score[:, 0]}

@@ -1,0 +1,30 @@
+"""Evaluations: consumers of predict functions, never of models.
+
+``run("retrieval", predict, batches, tokenizer=..., source=...)`` returns scores with chance and
+intervals beside them, the prediction for every item, and pictures for the report. ``predict``
+maps names to functions of a host batch, already bound to variables; what a kind needs of them
+and its options stand in the docstring of its ``evaluate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.evals import caption, retrieval, zeroshot
+from vlm_jax.evals.evaluation import Evaluation, write_items
+
+KINDS: Mapping[str, Callable[..., Evaluation]] = {
+    "caption": caption.evaluate, "retrieval": retrieval.evaluate, "zeroshot": zeroshot.evaluate}
+
+
+def run(kind: str, predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
+        source: Any = None, **options: Any) -> Evaluation:
+    """Runs one evaluation of ``KINDS``; raises ConfigError for an unknown kind."""
+    if kind not in KINDS:
+        raise ConfigError(f"evaluation {kind!r} is not known{nearest(kind, KINDS)}")
+    return KINDS[kind](predict, batches, tokenizer=tokenizer, source=source, **options)
+
+
+__all__ = ["Evaluation", "KINDS", "run", "write_items"]

@@ -1,0 +1,84 @@
+"""Walking over evaluation batches: real rows, thumbnails, and embeddings in fixed shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import ConfigError, nearest
+
+THUMBNAIL = 96                                              # pixels, longest side
+GALLERY = 2000                                              # images kept as thumbnails for pictures
+
+
+def needs(predict: Mapping[str, Callable], name: str, kind: str) -> Callable:
+    """The predict function, or a ConfigError that says which evaluation misses it."""
+    if name not in predict:
+        raise ConfigError(f"evaluation {kind!r} needs predict function {name!r}, which this system lacks"
+                          f"{nearest(name, predict)}")
+    return predict[name]
+
+
+def real_rows(batch: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """(row, meta) of every row that is not padding; ``meta`` has one record per row, whatever in padding."""
+    mask = batch.get("mask", np.ones(len(batch["meta"]), bool))
+    return [(row, meta) for row, (real, meta) in enumerate(zip(mask, batch["meta"], strict=True)) if real]
+
+
+def thumbnail(image: np.ndarray, side: int = THUMBNAIL) -> np.ndarray:
+    """[h,w,3] uint8, or float of any range (then stretched to its own) -> uint8 within side x side."""
+    image = np.asarray(image)
+    factor = -(-max(image.shape[:2]) // side)
+    h, w = (n // factor * factor for n in image.shape[:2])
+    small = image[:h, :w].astype(np.float32).reshape(h // factor, factor, w // factor, factor, -1).mean((1, 3))
+    if image.dtype != np.uint8:
+        low, high = small.min(), small.max()
+        small = (small - low) / max(high - low, 1e-6) * 255
+    return np.clip(np.rint(small), 0, 255).astype(np.uint8)
+
+
+@dataclasses.dataclass
+class Images:
+    """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape."""
+    embeds: np.ndarray
+    meta: list[dict[str, Any]]
+    thumbnails: list[np.ndarray]
+    rows: int
+    length: int
+
+
+def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]]) -> Images:
+    """Runs ``embed`` over the images of all batches; raises ConfigError when there are none."""
+    embeds, meta, thumbnails, rows, length = [], [], [], 0, 0
+    for batch in batches:
+        found = np.asarray(embed({"image": batch["image"]})["image_embed"], np.float32)
+        keep = real_rows(batch)
+        embeds.append(found[[row for row, _ in keep]])
+        meta += [m for _, m in keep]
+        thumbnails += [thumbnail(batch["image"][row]) for row, _ in keep[:max(0, GALLERY - len(thumbnails))]]
+        rows = max(rows, len(batch["image"]))
+        length = length or (batch["text"].shape[1] if "text" in batch else 0)
+    if not meta:
+        raise ConfigError("the evaluation source has no samples; nearest: a source of length 1 or more")
+    return Images(np.concatenate(embeds), meta, thumbnails, rows, length)
+
+
+def embed_texts(embed: Callable, texts: Sequence[str], tokenizer: Callable, length: int, rows: int
+                ) -> tuple[np.ndarray, int]:
+    """float32 [n,e] embeddings in batches of exactly ``rows``, and how many texts were cut to ``length`` ids."""
+    if length < 1:
+        raise ConfigError("text_length=0: the batches carry no text to take the length from; nearest: the "
+                          "length that the system was trained with")
+    embeds, cut = [], 0
+    for start in range(0, len(texts), rows):
+        part = list(texts[start:start + rows])
+        ids, mask, truncated = tokenizer(part, length)
+        fill = ((0, rows - len(part)), (0, 0))
+        # Filling with the last row keeps one compiled shape and never feeds an empty text.
+        found = embed({"text": np.pad(ids, fill, mode="edge"), "text_mask": np.pad(mask, fill, mode="edge")})
+        embeds.append(np.asarray(found["text_embed"], np.float32)[:len(part)])
+        cut += int(truncated)
+    return np.concatenate(embeds), cut

@@ -1,0 +1,75 @@
+"""Ranks of the right answers among all, without the full similarity matrix, and what chance would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+TIE = 1e-6                                                  # cosines closer than this are equal in float32
+CELLS = 1 << 25                                             # similarities held at a time
+
+
+def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]], top: int = 5
+         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank of each query's best right target: 1 + the wrong targets that score as high or higher.
+
+    Ties count against the query, so a model that gives everything the same embedding ranks
+    last, and not-a-number ranks last too. Other right targets never count.
+
+    Args:
+        queries: float [q,e]. targets: float [t,e]. right: for each query its right targets, one or more.
+        top: how many best targets to return.
+
+    Returns:
+        (ranks int [q] from 1; best targets int [q,top]; their similarities [q,top]).
+    """
+    count, total = len(queries), len(targets)
+    top = min(top, total)
+    ranks, best, similar = np.empty(count, np.int64), np.empty((count, top), np.int64), np.empty((count, top))
+    step = max(1, CELLS // total)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        scores = queries[part] @ targets.T
+        order = np.argpartition(-scores, top - 1, axis=1)[:, :top]
+        order = np.take_along_axis(order, np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable"), 1)
+        best[part], similar[part] = order, np.take_along_axis(scores, order, 1)
+        sizes = np.array([len(r) for r in right[part]])
+        rows, columns = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.asarray(r) for r in right[part]])
+        mine = np.maximum.reduceat(scores[rows, columns], np.cumsum(sizes) - sizes)
+        scores[rows, columns] = -np.inf
+        ahead = (~(scores < mine[:, None] - TIE)).sum(axis=1)
+        ranks[part] = 1 + np.minimum(ahead, total - sizes)
+    return ranks, best, similar
+
+
+def chance_within(k: int, total: int, sizes: np.ndarray) -> float:
+    """Probability that a random order puts one of a query's right targets among the first k; mean over
+    queries with ``sizes`` [q] right targets of ``total``."""
+    values, counts = np.unique(sizes, return_counts=True)
+    missed = [0.0 if k > total - p else
+              math.exp(math.lgamma(total - p + 1) - math.lgamma(total - p - k + 1)
+                       - math.lgamma(total + 1) + math.lgamma(total - k + 1)) for p in values.tolist()]
+    return float(1 - np.average(missed, weights=counts))
+
+
+def chance_mean(total: int, sizes: np.ndarray) -> float:
+    """Expected rank of the best of a query's right targets in a random order."""
+    return float(np.mean((total + 1) / (np.asarray(sizes) + 1)))
+
+
+def chance_median(total: int, sizes: np.ndarray) -> float:
+    """Median rank in a random order: the first k that half of the queries are within."""
+    low, high = 1, total
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if chance_within(middle, total, sizes) >= 0.5 else (middle + 1, high)
+    return float(low)
+
+
+def with_baselines(name: str, value: float, chance: float, interval: tuple[float, float], **others: float
+                   ) -> dict[str, float]:
+    """A score with its chance level, 95% interval and other baselines, under the names of ``Evaluation``."""
+    return {name: float(value), f"{name}/chance": float(chance), f"{name}/ci_low": interval[0],
+            f"{name}/ci_high": interval[1], **{f"{name}/{k}": float(v) for k, v in others.items()}}

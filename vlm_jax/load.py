@@ -1,0 +1,112 @@
+"""``vlm_jax.load(DIR)``: a trained or imported directory as a model to call."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax import config as configs
+from vlm_jax import run
+from vlm_jax.data import ops, tokenizers
+from vlm_jax.errors import ConfigError
+from vlm_jax.train import checkpoint
+from vlm_jax.train.state import merge
+
+
+class Model:
+    """A system with its weights, tokenizer and preprocessing.
+
+    variables: nested weights. tokenizer: None where the source had none. config: the stage's.
+    predict: name -> function(batch, **static) -> dict of numpy arrays. ``batch`` holds ``image``
+    as uint8 [b, h, w, 3] (normalised inside) or float32 (taken as normalised) and ``text`` as
+    int32 ids [b, l]; the names are those of the system ("embed", "features", "generate", ...).
+    """
+
+    def __init__(self, stage: run.Stage, variables: Mapping[str, Any]):
+        self.stage, self.variables = stage, variables
+        self.config, self.tokenizer = stage.config, stage.tokenizer
+        self.preprocess = ops.chain(stage.data.eval_augment)
+        self.predict = {name: self._bind(fn) for name, fn in stage.system.predict.items()}
+
+    def _bind(self, fn: Callable) -> Callable:
+        @functools.lru_cache(maxsize=None)
+        def jitted(options):
+            return jax.jit(lambda v, b, key: fn(v, b, key=key, **dict(options)))
+
+        def call(batch: Mapping[str, Any], key: jax.Array | None = None, **options: Any) -> dict[str, np.ndarray]:
+            batch = {k: jnp.asarray(v) for k, v in batch.items()}
+            return jax.device_get(jitted(tuple(sorted(options.items())))(self.variables, batch, key))
+        return call
+
+    def images(self, images: Any) -> np.ndarray:
+        """Paths, PIL images or arrays [h, w, 3] (one or a list) -> uint8 [b, size, size, 3], preprocessed."""
+        if isinstance(images, (str, pathlib.Path)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) == 3:
+            images = [images]
+        rng = np.random.default_rng(0)   # evaluation chains draw nothing
+        return np.stack([self.preprocess(ops.to_image(x), rng) for x in images])
+
+    def ids(self, texts: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Strings -> (ids int32 [b, l], mask bool [b, l]). Raises ConfigError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ConfigError("this model came without a tokenizer: strings cannot be encoded. Pass ids to "
+                              "model.predict[...], or put one into its folder tokenizer/")
+        ids, mask, _ = self.tokenizer([texts] if isinstance(texts, str) else list(texts), self.stage.data.length)
+        return ids, mask
+
+    def _rows(self, name: str, batch: Mapping[str, np.ndarray], size: int, **options: Any) -> dict[str, np.ndarray]:
+        """Runs a predict function in batches of one compiled size; pads the last and cuts it again."""
+        count = len(next(iter(batch.values())))
+        size = min(size, count)
+        parts = []
+        for start in range(0, count, size):
+            part = {k: v[start:start + size] for k, v in batch.items()}
+            missing = size - len(next(iter(part.values())))
+            part = {k: np.concatenate([v, np.repeat(v[-1:], missing, 0)]) for k, v in part.items()}
+            parts.append({k: v[:size - missing] if np.ndim(v) else v for k, v in self.predict[name](part, **options).items()})
+        return {k: np.concatenate([p[k] for p in parts]) if np.ndim(parts[0][k]) else parts[0][k] for k in parts[0]}
+
+    def embed_image(self, images: Any, batch: int = 64) -> np.ndarray:
+        """-> float32 [b, e], unit length."""
+        return self._rows("embed", {"image": self.images(images)}, batch)["image_embed"]
+
+    def embed_text(self, texts: str | Sequence[str], batch: int = 256) -> np.ndarray:
+        """-> float32 [b, e], unit length."""
+        ids, mask = self.ids(texts)
+        return self._rows("embed", {"text": ids, "text_mask": mask}, batch)["text_embed"]
+
+    def caption(self, images: Any, batch: int = 64, **options: Any) -> list[str]:
+        """A caption for each image. ``options``: method="greedy"|"beam"|"sample", beams=, max_length=, ...
+
+        Raises ConfigError where the system does not generate text.
+        """
+        if "generate" not in self.predict:
+            raise ConfigError(f"system {self.config.system!r} does not generate text (it has {', '.join(self.predict)})")
+        self.ids("")
+        ids = self._rows("generate", {"image": self.images(images)}, batch, **options)["text"]
+        return [self.tokenizer.decode(row) for row in ids]
+
+
+def load(directory: str | pathlib.Path) -> Model:
+    """Opens a work directory (its last stage), a stage directory, or an imported directory.
+
+    Averaged weights (optim.ema) are taken where the stage kept them. Raises ConfigError where
+    the directory holds no model.
+    """
+    folder = run.newest_stage(pathlib.Path(directory))
+    config = configs.from_json((folder / "config.json").read_text())
+    tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
+    config.data.tokenizer = config.data.tokenizer if tokenizer is not None else ""
+    stage = run.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
+    leaves = run.read_weights(folder)
+    missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} leaves of its model, the first: {sorted(missing)[0]}")
+    params = {p: jnp.asarray(leaves[p]) for p in stage.plan.shapes}
+    moving = {p: jnp.asarray(leaves[p]) for p in stage.plan.moving}
+    return Model(stage, merge(params, {}, moving))

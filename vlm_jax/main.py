@@ -1,0 +1,101 @@
+"""Trains, resumes and evaluates a config.
+
+python -m vlm_jax.main --config=configs/coca.py[:args] [--workdir=DIR] [--config.stages.pretrain.optim.lr=3e-4]
+
+Exit codes: 0 done, 42 stopped by a signal and saved (the same command resumes), 43 bad config
+or data, or a loss that stayed non-finite.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from vlm_jax.errors import ConfigError
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, with its arguments after a colon; "
+                                         "override fields with --config.FIELD=VALUE.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", "", "Work directory (default: runs/<config>[-<args>]).")
+STAGE = flags.DEFINE_string("stage", "", "Run this stage alone (default: the config's stages in order).")
+EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest checkpoint and stop.")
+PLATFORM = flags.DEFINE_enum("platform", "", ["", "cpu", "gpu", "tpu"], "Where to run (default: the best that JAX finds).")
+
+INSTALL = {"gpu": 'pip install -e ".[cuda]"', "tpu": 'pip install -e ".[tpu]"'}
+
+
+def default_workdir(argv: list[str]) -> str:
+    """runs/<config>[-<args>] from the --config flag as typed."""
+    text = ""
+    for i, arg in enumerate(argv):
+        match = re.fullmatch(r"--?config(?:=(.*))?", arg)
+        if match:
+            text = match.group(1) if match.group(1) is not None else argv[i + 1]
+    path, _, args = text.partition(":")
+    tail = "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", args) if args else ""
+    return str(pathlib.Path("runs") / (pathlib.Path(path).stem + tail))
+
+
+def accelerator_present() -> str:
+    """"gpu" or "tpu" where the machine shows one, whatever JAX sees."""
+    if pathlib.Path("/dev/nvidiactl").exists() or pathlib.Path("/proc/driver/nvidia/version").exists():
+        return "gpu"
+    if pathlib.Path("/dev/accel0").exists() or "TPU_WORKER_HOSTNAMES" in os.environ:
+        return "tpu"
+    return ""
+
+
+def check_platform(wanted: str) -> None:
+    """Sets JAX's platform; raises ConfigError where an accelerator would lie idle unnoticed."""
+    if wanted:
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(wanted, wanted)
+    import jax
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise ConfigError(f"--platform={wanted or 'default'}: JAX cannot start it: {error}") from error
+    present = accelerator_present()
+    if found == "cpu" and present and wanted != "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise ConfigError(f"this machine has a {present.upper()}, but JAX sees only CPUs. Install its build: "
+                          f"{INSTALL[present]}  (or train on the CPU with --platform=cpu)")
+    if found == "cpu" and jax.device_count() > 1:
+        # Virtual devices share one thread pool: two programs in flight can starve each other's collectives.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        try:
+            rest = FLAGS(argv)
+            if CONFIG.value is None:
+                raise ConfigError("--config is missing; start with --config=configs/coca.py")
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(explain(error)) from error
+        if rest[1:]:
+            raise ConfigError(f"argument {rest[1]!r} is not a flag")
+        check_platform(PLATFORM.value)
+        from vlm_jax import run
+        return run.run(CONFIG.value, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 43
+    except Exception as error:
+        if type(error).__name__ in ("BadDataError", "NonFiniteError"):
+            print(f"error: {error}", file=sys.stderr)
+            return 43
+        raise
+
+
+def explain(error: BaseException) -> str:
+    """absl and ml_collections put the telling line last."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Attention: one dispatcher over kernels, and the layer with its key-value cache.
+
+Masks are boolean, True = may attend, broadcastable to [b, h, q, k]. A query that may attend to
+nothing yields zeros, never NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.nn import initializers
+from vlm_jax.partitioning import current_sizes, nearest, shard, spec
+
+log = logging.getLogger("vlm_jax.attention")
+
+CAUSAL = ("none", "causal")
+QK_NORMS = ("none", "rms")
+TPU_BLOCK = 128        # the Pallas kernel's tile; lengths are padded to a multiple of it
+TPU_MIN_LENGTH = 256   # below it padding to the tile costs more than the score matrix it saves
+
+
+def choose(backend: str, dtype: Any, head_dim: int, q_len: int, kv_len: int, masked: bool,
+           capability: float | None = None) -> tuple[str, str]:
+    """Which kernel computes an attention, and why: ("cudnn" | "pallas" | "xla", reason).
+
+    ``backend`` is jax's name ("cpu", "gpu", "tpu"), ``masked`` says that a mask other than the
+    causal one is given, ``capability`` is the CUDA compute capability (8.0 = Ampere).
+    """
+    dtype = jnp.dtype(dtype)
+    if backend == "gpu":
+        if capability is None or capability < 8.0:
+            return "xla", f"cuDNN flash attention needs compute capability 8.0, this device has {capability}"
+        if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+            return "xla", f"cuDNN flash attention takes bfloat16 and float16, not {dtype}"
+        if head_dim % 8 or head_dim > 128:
+            return "xla", f"cuDNN flash attention needs a head_dim that is a multiple of 8 up to 128, not {head_dim}"
+        if masked:
+            return "xla", "cuDNN would turn an arbitrary mask into a full-size bias"
+        return "cudnn", f"cuDNN flash attention on {dtype}, head_dim {head_dim}"
+    if backend == "tpu":
+        if masked:
+            return "xla", "the Pallas kernel takes no arbitrary mask"
+        if head_dim > TPU_BLOCK and head_dim % TPU_BLOCK:
+            return "xla", f"the Pallas kernel needs head_dim up to {TPU_BLOCK} or a multiple of it, not {head_dim}"
+        if min(q_len, kv_len) < TPU_MIN_LENGTH:
+            return "xla", f"lengths {q_len}x{kv_len} are below {TPU_MIN_LENGTH}: padding to {TPU_BLOCK} would cost more"
+        return "pallas", f"Pallas flash attention, lengths {q_len}x{kv_len} padded to multiples of {TPU_BLOCK}"
+    return "xla", f"no fused kernel on {backend}"
+
+
+@functools.cache
+def _log_once(name: str, reason: str) -> None:
+    log.info("attention: %s (%s)", name, reason)
+
+
+def _capability() -> float | None:
+    value = getattr(jax.devices()[0], "compute_capability", None)
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # not CUDA
+        return None
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v. q [b, q, h, d], k and v [b, k, h, d] -> [b, q, h, d].
+
+    ``causal`` "causal" lets query i see keys 0..i. The kernel and the reason for it are logged
+    once for each distinct choice, to the logger ``vlm_jax.attention``.
+    """
+    if causal not in CAUSAL:
+        raise ValueError(f"causal={causal!r} is not known{nearest(causal, CAUSAL)}")
+    backend = jax.default_backend()
+    name, reason = choose(backend, q.dtype, q.shape[-1], q.shape[1], k.shape[1], mask is not None,
+                          _capability() if backend == "gpu" else None)
+    _log_once(name, reason)
+    if name == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal == "causal", implementation="cudnn")
+    if name == "pallas":
+        return per_device(functools.partial(attend_padded, causal=causal))(q, k, v)
+    return attend_xla(q, k, v, mask, causal)
+
+
+def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
+    """The reference: plain matrix products around an fp32 softmax. Shapes as ``attend``."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if causal == "causal":
+        order = jnp.arange(k.shape[2])[None, :] <= jnp.arange(q.shape[2])[:, None]
+        mask = order if mask is None else mask & order
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if mask is not None:  # a row without any key would be uniform
+        weights = jnp.where(mask, weights, 0)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).transpose(0, 2, 1, 3)
+
+
+def pallas_kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], causal: str) -> jax.Array:
+    """TPU flash attention on [b, h, l, d] with l a multiple of ``TPU_BLOCK``; equal segments attend."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+    return flash.flash_attention(q, k, v, segment_ids=flash.SegmentIds(*segments), causal=causal == "causal",
+                                 sm_scale=q.shape[-1] ** -0.5)
+
+
+def attend_padded(q: jax.Array, k: jax.Array, v: jax.Array, causal: str = "none", block: int = TPU_BLOCK,
+                  kernel: Callable[..., jax.Array] = pallas_kernel) -> jax.Array:
+    """Runs ``kernel`` on lengths padded to multiples of ``block``. Shapes as ``attend``.
+
+    Real positions form segment 1 and padding segment 0, so that neither sees the other.
+    """
+    def pad(x):
+        x = x.transpose(0, 2, 1, 3)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+
+    def segments(x):
+        real = jnp.arange(x.shape[1] + -x.shape[1] % block) < x.shape[1]
+        return jnp.broadcast_to(real.astype(jnp.int32), (x.shape[0], real.shape[0]))
+
+    out = kernel(pad(q), pad(k), pad(v), (segments(q), segments(k)), causal)
+    return out[:, :, :q.shape[1]].transpose(0, 2, 1, 3)
+
+
+def per_device(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Runs ``fn(q, k, v)`` on each device's own rows and heads: XLA cannot split a Pallas kernel itself."""
+    sizes = current_sizes()
+    if all(size == 1 for size in sizes.values()) or jax.sharding.get_abstract_mesh().manual_axes:
+        return fn
+
+    def run(q, k, v):
+        lie = [spec(("batch", "length", "act_heads", "none"), x.shape, sizes) for x in (q, k, v)]
+        # Rows and heads are independent and nothing is summed inside, so the check of varying
+        # axes, which library kernels do not annotate, may be off.
+        return jax.shard_map(fn, in_specs=tuple(lie), out_specs=lie[0], check_vma=False)(q, k, v)
+
+    return run
+
+
+class Projection(nn.Module):
+    """The parameters of one map to or from heads, without the product: ``kernel`` and ``bias``."""
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_shape: tuple[int, ...]
+    bias_axes: tuple[str, ...]
+    kernel_init: Callable
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape, jnp.float32)
+        if not self.use_bias:
+            return kernel.astype(self.dtype), None
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes), self.bias_shape, jnp.float32)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with an optional key-value cache.
+
+    Params ``query``, ``key``, ``value``: kernel [in, heads, head_dim], bias [heads, head_dim];
+    ``out``: kernel [heads, head_dim, out], bias [out]. Self-attention multiplies with the three
+    kernels joined; they are stored apart, so that each can be loaded, frozen or adapted.
+
+    ``qk_norm`` "rms": queries and keys have unit RMS per head and logits a learned ``gain``
+    [heads] that starts at 1.5, on top of 1/sqrt(head_dim).
+
+    Fields:
+      width: of the queries' input. kv_width: of the keys' input, if it differs.
+      head_dim: default width / heads. out_width: default width.
+      init_scheme, depth: see ``nn.initializers``.
+    """
+    width: int
+    heads: int
+    head_dim: int | None = None
+    kv_width: int | None = None
+    out_width: int | None = None
+    use_bias: bool = True
+    qk_norm: str = "none"
+    causal: str = "none"
+    init_scheme: str = "torch"
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm={self.qk_norm!r} is not known{nearest(self.qk_norm, QK_NORMS)}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}; nearest: "
+                             f"{min((h for h in range(1, self.width + 1) if self.width % h == 0), key=lambda h: abs(h - self.heads))}")
+        head_dim = self.head_dim or self.width // self.heads
+        inner = self.heads * head_dim
+
+        def projection(width):
+            return Projection((width, self.heads, head_dim), ("embed", "heads", "head_dim"), (self.heads, head_dim), ("heads", "head_dim"),
+                              initializers.kernel(self.init_scheme, "qkv", width, inner, self.depth), self.dtype, self.use_bias)
+
+        self.query = projection(self.width)
+        self.key = projection(self.kv_width or self.width)
+        self.value = projection(self.kv_width or self.width)
+        out = self.out_width or self.width
+        self.out = Projection((self.heads, head_dim, out), ("heads", "head_dim", "embed"), (out,), ("norm",),
+                              initializers.kernel(self.init_scheme, "out", inner, out, self.depth), self.dtype, self.use_bias)
+        if self.qk_norm == "rms":
+            self.gain = self.param("gain", nn.with_logical_partitioning(nn.initializers.constant(1.5), ("heads",)),
+                                   (self.heads,), jnp.float32)
+
+    def __call__(self, x: jax.Array, memory: jax.Array | None = None, mask: jax.Array | None = None,
+                 cache: dict[str, jax.Array] | None = None, index: jax.Array | None = None
+                 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """x [b, q, width] -> ([b, q, out_width], cache).
+
+        Args:
+          memory: [b, k, kv_width], what to attend to; None: ``x`` itself.
+          mask: True = may attend, to [b, h, q, k]; with a cache, k is the cache's length.
+          cache: {"key", "value"} [b, length, h, d] of self-attention; x's keys are written to
+            positions index, index + 1, ... and queries see what has been written up to
+            themselves (``causal``) or up to x's last token. See ``attend_cached`` for memory.
+          index: int32 scalar or [b], position of x's first token. Writing beyond the cache's
+            length is the caller's error: a scalar index is clamped, a vector's tokens are dropped.
+        """
+        if memory is not None:
+            q, (k, v) = self.project_query(x), self.project_memory(memory)
+            return self.merge(attend(q, k, v, mask, self.causal)), cache
+        q, k, v = self.project_self(x)
+        if cache is None:
+            return self.merge(attend(q, k, v, mask, self.causal)), None
+        cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
+        positions = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])  # [b or 1, q]
+        last = positions if self.causal == "causal" else jnp.broadcast_to(positions[:, -1:], positions.shape)
+        seen = (jnp.arange(cache["key"].shape[1]) <= last[..., None])[:, None]                    # [b or 1, 1, q, length]
+        return self.merge(attend(q, cache["key"], cache["value"], seen if mask is None else seen & mask)), cache
+
+    def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Attends to keys and values [b, k, h, d] that ``project_memory`` made earlier."""
+        return self.merge(attend(self.project_query(x), keys, values, mask))
+
+    def project_query(self, x: jax.Array) -> jax.Array:
+        """[b, q, width] -> [b, q, h, d]."""
+        return self.normalise_query(into_heads(x.astype(self.dtype), *self.query()))
+
+    def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, k, kv_width] -> keys and values [b, k, h, d]."""
+        k, v = into_heads_joined(memory.astype(self.dtype), [self.key(), self.value()])
+        return self.normalise_key(k), v
+
+    def project_self(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = into_heads_joined(x.astype(self.dtype), [self.query(), self.key(), self.value()])
+        return self.normalise_query(q), self.normalise_key(k), v
+
+    def normalise_query(self, q: jax.Array) -> jax.Array:
+        return q if self.qk_norm == "none" else unit_rms(q, self.gain[:, None])
+
+    def normalise_key(self, k: jax.Array) -> jax.Array:
+        return k if self.qk_norm == "none" else unit_rms(k)
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        """[b, q, h, d] -> [b, q, out_width]."""
+        kernel, bias = self.out()
+        y = x.reshape(-1, kernel.shape[0] * kernel.shape[1]) @ kernel.reshape(-1, kernel.shape[-1])
+        y = y if bias is None else y + bias
+        return y.reshape(*x.shape[:2], -1)
+
+
+def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """[b, l, in] @ [in, h, d] -> [b, l, h, d]."""
+    return into_heads_joined(x, [(kernel, bias)])[0]
+
+
+def into_heads_joined(x: jax.Array, projections: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+    """One product with several [in, h, d] kernels. They are joined along an axis of their own,
+    so that heads may lie on different devices."""
+    kernel = jnp.stack([k for k, _ in projections], 1)                                 # [in, n, h, d]
+    y = jnp.einsum("ti,inhd->tnhd", x.reshape(-1, x.shape[-1]), kernel)
+    if projections[0][1] is not None:
+        y = y + jnp.stack([b for _, b in projections])
+    y = y.reshape(*x.shape[:2], *y.shape[1:])
+    return [shard(y[:, :, i], "batch", "length", "act_heads", "none") for i in range(len(projections))]
+
+
+def unit_rms(x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
+    """Unit RMS along the last axis, times ``gain``; fp32 inside."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * gain).astype(x.dtype)
+
+
+def write(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """cache [b, length, h, d] with new [b, k, h, d] at positions index, index + 1, ..."""
+    new, index = new.astype(cache.dtype), jnp.asarray(index, jnp.int32)
+    if index.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=1)
+    rows = jnp.arange(cache.shape[0])[:, None]
+    return cache.at[rows, index[:, None] + jnp.arange(new.shape[1])].set(new, mode="drop")

@@ -1,0 +1,58 @@
+"""Initialisation schemes, chosen by name.
+
+=============== =============================================================================
+"openai_text"   CLIP's text tower (openai/CLIP ``initialize_parameters``): q/k/v d^-.5, first
+                MLP matrix (2d)^-.5, both residual outputs d^-.5 (2L)^-.5; attention biases 0,
+                MLP biases uniform. CoCa's towers use the same.
+"torch"         torch defaults, which CLIP's image blocks and poolers keep: Xavier-uniform q/k/v,
+                other matrices and MLP biases uniform within fan_in^-.5; attention biases 0.
+"fan_in"        normal, fan_in^-.5; biases 0.
+=============== =============================================================================
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.partitioning import nearest
+
+SCHEMES = ("openai_text", "torch", "fan_in")
+ROLES = ("qkv", "out", "up", "down")
+
+
+def uniform(bound: float):
+    """Uniform in [-bound, bound]."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def normal(std: float):
+    return nn.initializers.normal(std)
+
+
+def kernel(scheme: str, role: str, fan_in: int, fan_out: int, depth: int = 1):
+    """Initialiser of a matrix [fan_in, fan_out] that plays ``role`` in a stack of ``depth`` blocks."""
+    check(scheme)
+    if scheme == "openai_text":
+        return normal({"qkv": fan_in ** -0.5, "up": (2 * fan_in) ** -0.5,
+                       "out": fan_out ** -0.5 * (2 * depth) ** -0.5,
+                       "down": fan_out ** -0.5 * (2 * depth) ** -0.5}[role])
+    if scheme == "torch":
+        if role == "qkv":  # torch stores q, k and v of one width as a single [3 fan_out, fan_in] matrix
+            stored_out = 3 * fan_out if fan_in == fan_out else fan_out
+            return uniform((6 / (fan_in + stored_out)) ** 0.5)
+        return uniform(fan_in ** -0.5)
+    return normal(fan_in ** -0.5)
+
+
+def bias(scheme: str, role: str, fan_in: int):
+    """Initialiser of the bias beside ``kernel``."""
+    check(scheme)
+    if scheme != "fan_in" and role in ("up", "down"):
+        return uniform(fan_in ** -0.5)
+    return nn.initializers.zeros
+
+
+def check(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"init_scheme={scheme!r} is not an initialisation scheme{nearest(scheme, SCHEMES)}")

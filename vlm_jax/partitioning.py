@@ -1,0 +1,192 @@
+"""The one place that knows the mesh.
+
+Modules name their axes by meaning ("embed", "heads", "batch"); the table below maps each
+meaning to mesh axes. The mesh always has the three axes of ``MESH_AXES``; a rule set says
+which of them may be longer than one, so one table serves all rule sets:
+
+========= ======================= ===========================================
+rules     mesh axes in use        what is split
+========= ======================= ===========================================
+dp        data                    the batch
+fsdp      data, fsdp              the batch, and weights along their width
+fsdp_tp   data, fsdp, tensor      also heads, hidden units and vocabulary
+========= ======================= ===========================================
+
+Losses and modules speak of global arrays; ``ring`` is the one way into per-device code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.errors import nearest
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES = {"dp": ("data",), "fsdp": ("data", "fsdp"), "fsdp_tp": ("data", "fsdp", "tensor")}
+
+# Weight and activation names differ, so that "embed" on fsdp never meets a batch on fsdp.
+AXES: Mapping[str, tuple[str, ...]] = {
+    # weights
+    "embed": ("fsdp",), "heads": ("tensor",), "head_dim": (), "mlp": ("tensor",), "vocab": ("tensor",),
+    "layers": (), "joint": (), "position": (), "patch": (), "norm": (), "query": (),
+    "conv_h": (), "conv_w": (), "conv_in": (), "conv_out": ("fsdp",),
+    # activations
+    "batch": ("data", "fsdp"), "length": (), "act_embed": (), "act_heads": ("tensor",),
+    "act_mlp": ("tensor",), "act_vocab": ("tensor",), "none": (),
+}
+BATCH_AXES = AXES["batch"]
+
+
+def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a rule set. A size of 0 is chosen: tensor 2 where it divides, the rest last.
+
+    Raises ValueError when an axis is asked for that the rules do not use, or sizes do not
+    multiply to the number of devices.
+    """
+    if rules not in RULES:
+        raise ValueError(f"rules={rules!r} is not a rule set{nearest(rules, tuple(RULES))}")
+    devices = list(jax.devices() if devices is None else devices)
+    count, sizes = len(devices), {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for axis in MESH_AXES:
+        if axis not in RULES[rules]:
+            if sizes[axis] > 1:
+                raise ValueError(f"mesh.{axis}={sizes[axis]} has no use under rules={rules!r}, which splits over "
+                                 f"{RULES[rules]} only")
+            sizes[axis] = 1
+    if rules == "fsdp_tp" and not sizes["tensor"]:
+        fixed = max(1, sizes["data"]) * max(1, sizes["fsdp"])
+        if sizes["data"] and sizes["fsdp"]:
+            sizes["tensor"] = max(1, count // fixed)
+        else:
+            sizes["tensor"] = 2 if (count // fixed) % 2 == 0 and count >= 2 * fixed else 1
+    last = "data" if rules == "dp" else "fsdp"
+    if rules != "dp" and not sizes["data"]:
+        sizes["data"] = max(1, count // (sizes["fsdp"] * sizes["tensor"])) if sizes["fsdp"] else 1
+    if not sizes[last]:
+        sizes[last] = max(1, count // math.prod(max(1, s) for a, s in sizes.items() if a != last))
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} x tensor={sizes['tensor']} = "
+                         f"{math.prod(sizes.values())} does not cover the {count} devices present")
+    shape = tuple(sizes[a] for a in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def use(mesh: Mesh):
+    """Context in which ``shard`` and ``ring`` speak of ``mesh``; part of jit's cache key."""
+    return jax.set_mesh(mesh)
+
+
+def current_sizes() -> dict[str, int]:
+    """Mesh axis sizes in force while tracing; empty outside any mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh is None or mesh.empty else dict(mesh.shape)
+
+
+def spec(axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Mesh axes for logical ``axes``. A dimension that its mesh axes do not divide stays whole;
+    a mesh axis serves one dimension of a tensor, the first that can have it."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {tuple(axes)} name {len(axes)} dimensions of an array of shape {tuple(shape)}")
+    taken: set[str] = set()
+    out: list[Any] = []
+    for name, length in zip(axes, shape):
+        if name not in AXES:
+            raise ValueError(f"{name!r} is not a logical axis{nearest(name, tuple(AXES))}")
+        mesh_axes = tuple(a for a in AXES[name] if sizes.get(a, 1) > 1 and a not in taken)
+        if mesh_axes and length % math.prod(sizes[a] for a in mesh_axes) == 0:
+            taken.update(mesh_axes)
+            out.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
+        else:
+            out.append(None)
+    return PartitionSpec(*out)
+
+
+def shard(x: jax.Array, *axes: str) -> jax.Array:
+    """States how an activation lies on the mesh; the identity without one, or inside ``ring``."""
+    sizes = current_sizes()
+    if not sizes or math.prod(sizes.values()) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes))
+
+
+def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """Where a leaf with these logical axes lives."""
+    return NamedSharding(mesh, spec(axes, shape, dict(mesh.shape)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises ValueError when a batch of ``rows`` does not divide over the mesh."""
+    shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    if rows % shards:
+        raise ValueError(f"batch={rows} does not divide over {shards} devices; nearest: "
+                         f"{max(shards, round(rows / shards) * shards)}")
+
+
+def place(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host batch -> devices, rows over the batch axes: the one way onto devices.
+
+    Rows that do not divide over the mesh lie whole on every device (see ``check_rows``).
+    """
+    def put(x):
+        x = np.asarray(x)
+        axes = ("batch",) + ("none",) * (x.ndim - 1) if x.ndim else ()
+        return jax.device_put(x, sharding(mesh, axes, x.shape))
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """What a function inside ``ring`` knows: how many peers, which am I, and how to pass on."""
+    size: int
+    axes: tuple[str, ...]
+
+    def index(self) -> jax.Array:
+        return jax.lax.axis_index(self.axes) if self.axes else jax.numpy.int32(0)
+
+    def shift(self, tree: Any) -> Any:
+        """Hands ``tree`` to the next peer and returns the previous one's."""
+        if not self.axes:
+            return tree
+        steps = [(i, (i + 1) % self.size) for i in range(self.size)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, steps), tree)
+
+    def sum(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.psum(x, self.axes), tree) if self.axes else tree
+
+    def varying(self, tree: Any) -> Any:
+        """Marks fresh scan carries, equal on all peers, as free to differ (shard_map's checker wants it said)."""
+        return jax.lax.pcast(tree, self.axes, to="varying")
+
+
+def ring(fn: Callable[..., Any], in_axes: Sequence[str], out_axes: Any) -> Callable[..., Any]:
+    """Runs ``fn(ring, *args)`` per device over the batch axes of the mesh.
+
+    ``in_axes``: per argument "batch" (rows split) or "none" (whole everywhere); ``out_axes``
+    the same, as a pytree prefix of the result; "none" results must be equal on all peers
+    (``Ring.sum`` makes them so). Without a mesh, or on one device, ``fn`` runs once with size 1.
+    """
+    sizes = current_sizes()
+    axes = tuple(a for a in BATCH_AXES if sizes.get(a, 1) > 1)
+    size = math.prod(sizes[a] for a in axes) if axes else 1
+    if size == 1:
+        return lambda *args: fn(Ring(1, ()), *args)
+
+    def to_spec(name):
+        return PartitionSpec(axes) if name == "batch" else PartitionSpec()
+
+    return jax.shard_map(lambda *args: fn(Ring(size, axes), *args),
+                         in_specs=tuple(to_spec(a) for a in in_axes),
+                         out_specs=jax.tree.map(to_spec, out_axes), axis_names=set(axes))

@@ -1,0 +1,118 @@
+"""The figures with images in them: similarity matrix, nearest images, captions."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from vlm_jax.report.theme import Theme, render
+
+
+def draw_similarity(similarity: Mapping[str, Any], theme: Theme) -> bytes:
+    """PNG of a caption-by-image matrix, thumbnails above the columns.
+
+    ``similarity``: ``matrix`` [n images, m captions] of cosines, ``images`` n uint8 [h,w,3],
+    ``captions`` m strings; image i and caption i are a pair. True pairs are outlined, the best
+    image of each caption is bold.
+    """
+    values = np.asarray(similarity["matrix"], np.float64).T  # rows are captions
+    images, captions = similarity["images"], similarity["captions"]
+    rows, columns = values.shape
+    cell, text, top, margin = 0.62, 3.0, 0.75, 0.15
+    width, height = text + columns * cell + margin, top + rows * cell + margin
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_axes((text / width, margin / height, columns * cell / width, rows * cell / height))
+        colours = LinearSegmentedColormap.from_list("similarity", theme.ramp)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+        axes.imshow(values, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        axes.grid(visible=False)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.set_xticks([])
+        axes.set_yticks(range(rows), [_wrap(c, 42, 3) for c in captions])
+        axes.tick_params(axis="y", labelsize=7.5, labelcolor=theme.ink, pad=6)
+        for r in range(rows):
+            best = values[r] == np.nanmax(values[r]) if np.isfinite(values[r]).any() else np.zeros(columns, bool)
+            for c in range(columns):
+                shade = np.array(colours((values[r, c] - low) / max(high - low, 1e-6))[:3])
+                axes.text(c, r, f"{values[r, c]:.2f}".replace("-", "\u2212"), ha="center", va="center", fontsize=7.5,
+                          fontweight="bold" if best[c] else "normal",
+                          color="#10161f" if shade @ (0.3, 0.59, 0.11) > 0.5 else "#ffffff")
+            if r < columns:
+                axes.add_patch(Rectangle((r - 0.46, r - 0.46), 0.92, 0.92, fill=False, edgecolor=theme.lines[1], linewidth=1.8))
+        for c, image in enumerate(images):
+            x, side = (text + (c + 0.06) * cell) / width, cell * 0.88
+            _show(figure.add_axes((x, 1 - (top - 0.06) / height, side / width, side / height)), image)
+
+    return render(draw, theme, width, height)
+
+
+def draw_neighbours(neighbours: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """PNG of what texts find: one row per query, the nearest images with their cosine, right ones framed.
+
+    Each of ``neighbours``: ``query`` string, ``images`` uint8 [h,w,3] nearest first, ``scores``,
+    ``right`` booleans.
+    """
+    side, text, gap, line = 1.15, 2.7, 0.16, 1.5
+    columns = max(len(n["images"]) for n in neighbours)
+    width, height = text + columns * (side + gap) + gap, len(neighbours) * line + 0.15
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        for r, n in enumerate(neighbours):
+            y = height - (r + 1) * line
+            figure.text(0.15 / width, (y + 0.3 + side / 2) / height, _wrap(n["query"], 34, 5), va="center", fontsize=9)
+            for c, (image, score, right) in enumerate(zip(n["images"], n["scores"], n["right"])):
+                x = text + c * (side + gap)
+                axes = figure.add_axes((x / width, (y + 0.3) / height, side / width, side / height))
+                _show(axes, image, theme.good if right else None)
+                figure.text((x + side / 2) / width, (y + 0.14) / height, f"{score:.3f}" + ("  \u2713 its own" if right else ""),
+                            ha="center", va="center", fontsize=7.5, color=theme.good if right else theme.quiet)
+
+    return render(draw, theme, width, height)
+
+
+def draw_captions(captions: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """PNG of generated captions under their images, with the reference.
+
+    Each of ``captions``: ``image`` uint8 [h,w,3], ``generated``, ``reference`` strings, ``ok`` boolean.
+    """
+    columns, side, cell, gap = min(4, len(captions)), 1.5, 3.05, 0.2
+    line = 2.85
+    height, width = -(-len(captions) // columns) * line + gap, columns * cell + gap
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        for i, item in enumerate(captions):
+            x, y = gap + i % columns * cell, height - gap - i // columns * line - side
+            colour = theme.good if item["ok"] else theme.bad
+            _show(figure.add_axes((x / width, y / height, side / width, side / height)), item["image"], colour)
+            text = _wrap(item["generated"], 40, 3)
+            figure.text((x + side + 0.12) / width, (y + side - 0.02) / height, "\u2713 right" if item["ok"] else "\u2717 wrong",
+                        va="top", fontsize=9, fontweight="bold", color=colour)
+            figure.text(x / width, (y - 0.1) / height, text, va="top", fontsize=8.5)
+            figure.text(x / width, (y - 0.18 - 0.175 * (text.count("\n") + 1)) / height,
+                        _wrap("ref: " + item["reference"], 44, 3), va="top", fontsize=7.5, color=theme.quiet)
+
+    return render(draw, theme, width, height)
+
+
+def _show(axes, image: np.ndarray, frame: str | None = None) -> None:
+    axes.imshow(np.asarray(image), interpolation="nearest", aspect="equal")
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set(visible=frame is not None, color=frame or "none", linewidth=2.5)
+
+
+def _wrap(text: str, columns: int, lines: int) -> str:
+    """At most ``lines`` lines; what does not fit ends in an ellipsis."""
+    parts = textwrap.wrap(" ".join(text.split()), columns) or ["(empty)"]
+    return "\n".join(parts[:lines]) + ("\u2026" if len(parts) > lines else "")

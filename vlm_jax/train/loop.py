@@ -1,0 +1,124 @@
+"""The loop: step, flush metrics, evaluate, save - in this order, and nothing on the step's path waits for the host."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from vlm_jax.train.metrics import MetricsLog
+from vlm_jax.train.state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for an orderly stop at the next step; a second signal acts at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+            self.previous = {getattr(signal, n): signal.signal(getattr(signal, n), self._receive) for n in names}
+        return self
+
+    def _receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.previous.get(number) or signal.SIG_DFL)
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+def resident_mb() -> float | None:
+    """Resident memory of this process in MB, where the system tells."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096 / 1e6
+    except OSError:
+        return None
+
+
+def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Mapping]],
+        batches: Iterable[tuple[int, Mapping[str, Any]]], *, place: Callable[[Mapping], Mapping], start: int, total: int,
+        batch_size: int, log: MetricsLog, log_every: int, learning_rate: Callable[[int], float],
+        save: Callable[[int, TrainState], None], save_every: int, evaluate: Callable[[int, TrainState], Mapping[str, float]],
+        evaluate_at: Callable[[int], bool], on_bad: Callable[[int], None], max_bad_steps: int,
+        stop: StopRequest, progress: Callable[[Mapping[str, Any], int], None]) -> tuple[TrainState, int]:
+    """Runs steps ``start`` .. ``total`` and returns the state and the step reached.
+
+    batches: yields (step index, host batch) and tells ``waited_s``, the seconds that it kept the
+    loop waiting. Metrics of step s are read after step s+1 is under way. Returns early, saved,
+    when ``stop`` is set. Raises NonFiniteError after ``max_bad_steps`` bad steps in a row.
+    """
+    pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+    clock, waited, counted = time.perf_counter(), getattr(batches, "waited_s", 0.0), start
+    saved = start
+
+    def flush(upto: int) -> None:
+        nonlocal pending, clock, waited, counted
+        ready = [(s, m) for s, m in pending if s <= upto]
+        pending = [(s, m) for s, m in pending if s > upto]
+        if not ready:
+            return
+        values = jax.device_get([m for _, m in ready])
+        now, wait = time.perf_counter(), getattr(batches, "waited_s", 0.0)
+        speed = {"time/images_per_s": (ready[-1][0] - counted) * batch_size / max(now - clock, 1e-9),
+                 "time/data_wait": (wait - waited) / max(now - clock, 1e-9)}
+        memory = resident_mb()
+        if memory is not None:
+            speed["time/resident_mb"] = memory
+        clock, waited, counted = now, wait, ready[-1][0]
+        for (step, _), metrics in zip(ready, values):
+            row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
+            bad = int(row.pop("bad_steps"))
+            if bad:
+                on_bad(step)
+                row["bad_steps"] = bad
+            if step % log_every == 0 or step in (1, total) or bad:
+                row["lr"] = float(learning_rate(step - 1))
+                if step == ready[-1][0]:
+                    row.update(speed)
+                log.write(row)
+                progress(row, step)
+            if bad >= max_bad_steps:
+                log.flush()
+                raise NonFiniteError(f"loss or gradient was not finite for {bad} steps in a row, up to step {step} "
+                                     f"(loss {row['loss']}, grad_norm {row['grad_norm']}); optim.max_bad_steps={max_bad_steps}")
+
+    step = start
+    for index, batch in batches:
+        state, metrics = step_fn(state, place(batch))
+        step = index + 1
+        pending.append((step, metrics))
+        last = step >= total
+        boundary = step % save_every == 0 or evaluate_at(step) or last or bool(stop)
+        if boundary:
+            flush(step)
+        elif (step - 1) % log_every == 0:
+            flush(step - 1)
+        if evaluate_at(step):
+            log.write({"step": step, **evaluate(step, state)})
+            clock = time.perf_counter()
+        if boundary and (step % save_every == 0 or last or bool(stop)):
+            log.flush()
+            save(step, state)
+            saved = step
+            clock = time.perf_counter()
+        if last or stop:
+            break
+    assert saved == step or step == start
+    return state, step
