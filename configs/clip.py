@@ -60,7 +60,7 @@ def scenes(res, text):
                    schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
-                  augment="resize", eval_augment="resize", threads=1, prefetch=8, bad_budget=0.01),
+                  augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", examples=1000),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
         steps=1400, checkpoint=dict(every=500, keep=2))
@@ -71,16 +71,16 @@ def small(res, text):
     few = dict(width=192, heads=3, mlp_dim=768)
     return c.stage(
         system="clip",
-        model=dict(image=dict(few, tower="vit", variant="b16", patch=8, layers=6),
-                   text=text_tower(text, "512x12", layers=4, end="eos", **few), embed=128, image_pool="class",
+        model=dict(image=dict(few, tower="vit", variant="b16", patch=8, layers=6, patch_dropout=0.5, remat="dots"),
+                   text=text_tower(text, "512x12", layers=4, end="eos", remat="dots", **few), embed=128, image_pool="class",
                    norm="layernorm", mean=CLIP_MEAN, std=CLIP_STD, scale=1 / 0.07, dtype="auto",
                    tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
-        optim=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1, schedule="cosine", warmup=60, clip_norm=1.0,
+        optim=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule="cosine", warmup=60, clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="clip",
-                  augment="random_resized_crop(scale=0.6..1)|flip|color_jitter", eval_augment="resize|center_crop",
-                  caption="txt", buckets=(16,), threads=2, prefetch=4, bad_budget=0.01),
+                  augment="random_resized_crop(scale=0.5..1)|color_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)|grayscale", eval_augment="resize|center_crop",
+                  buckets=(16, 20, 24), threads=2, prefetch=4, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)),
         steps=620, checkpoint=dict(every=200, keep=2))
 
@@ -103,7 +103,7 @@ def published(size, res, text):
         optim=dict(name="adamw", lr=lr, b1=0.9, **adam, weight_decay=0.2, schedule="cosine", warmup=2000,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="", eval="", batch=32768, microbatch=0, size=res or pixels, length=77, tokenizer="clip",
-                  augment="resize|random_crop", eval_augment="resize|center_crop", caption="txt",
+                  augment="resize|random_crop", eval_augment="resize|center_crop",
                   threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)),
         steps=12_208 if fine else 390_625, checkpoint=dict(every=2000, keep=3), rules="fsdp")

@@ -47,7 +47,7 @@ def scenes(res):
                    schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
-                  augment="resize", eval_augment="resize", threads=1, prefetch=8, bad_budget=0.01),
+                  augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", examples=1000),
                    retrieval_pair=dict(kind="retrieval", data="scenes:heldout_pair", examples=1000),
                    caption=dict(kind="caption", examples=500),

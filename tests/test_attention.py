@@ -65,11 +65,19 @@ def test_choice_is_logged_once(caplog):
 
 def test_cudnn_is_asked_for_where_chosen(monkeypatch):
     seen = {}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "target", lambda: "gpu")
     monkeypatch.setattr(attention, "_capability", lambda: 9.0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kw: seen.update(kw) or q)
     attend(*(x.astype(BF16) for x in qkv(k=5)), causal="causal")
     assert seen == {"is_causal": True, "implementation": "cudnn"}
+
+
+def test_kernel_follows_the_mesh_not_the_host():
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((8, 1, 1), partitioning.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, abstract_device=tpu)
+    assert attention.target() == "cpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention.target() == "tpu"
 
 
 @pytest.mark.parametrize("causal", ["none", "causal"])

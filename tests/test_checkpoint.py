@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import socket
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -336,3 +337,73 @@ def test_sigkill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
         assert extra == {"at": found} and state["y"]["z"] == found and (state["x"] == found).all()
         first = found + 1
     assert debris, "no round was killed in the middle of a save: the test shows nothing"
+
+
+# ---------------------------------------------------------------- several processes
+
+def one_of_two(process: int, port: int, directory: Path, pipe) -> None:
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    rows = 2 * jax.device_count()
+
+    def state(step):
+        whole = np.arange(rows, dtype=np.int32) + step
+        return {"w": jax.make_array_from_callback((rows,), split, lambda index: whole[index]), "host": np.int32(step)}
+
+    commit = checkpoint._commit
+
+    def full_at_last(path, content):
+        if path.name == "3":
+            raise OSError(28, "No space left on device")
+        commit(path, content)
+
+    checkpoint._commit = full_at_last
+    with Checkpointer(directory, keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state(step), {"at": step})
+        pipe.send(checkpointer.latest_good())
+        pipe.recv()                                       # the test damages step 2 meanwhile
+        pipe.send(checkpointer.latest_good())
+        like = {"w": jax.ShapeDtypeStruct((rows,), np.int32, sharding=split), "host": np.int32(0)}
+        restored, extra = checkpointer.restore(1, like)
+        shards = {s.index[0].start: s.data.tolist() for s in restored["w"].addressable_shards}
+        pipe.send((all(data == [start + 1, start + 2] for start, data in shards.items()), int(restored["host"]), extra))
+        checkpointer.save(3, state(3))
+        try:
+            checkpointer.wait()
+        except RuntimeError as error:
+            pipe.send(str(error))
+
+
+def test_two_processes_agree(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_jax.train.checkpoint"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ends = [context.Pipe() for _ in range(2)]
+    children = [context.Process(target=one_of_two, args=(i, port, tmp_path, ends[i][1])) for i in range(2)]
+    for child in children:
+        child.start()
+
+    def answers():
+        assert all(mine.poll(60) for mine, _ in ends), "a process does not answer"
+        return [mine.recv() for mine, _ in ends]
+
+    try:
+        assert answers() == [(2, [])] * 2
+        flip(largest(tmp_path / "2"))
+        for mine, _ in ends:
+            mine.send("go on")
+        for step, skipped in answers():
+            assert step == 1 and skipped[0][0] == 2 and "hash" in skipped[0][1]
+        assert answers() == [(True, 1, {"at": 1})] * 2
+        first, second = answers()
+        assert "No space left" in first and "see the other processes" in second
+        for child in children:
+            child.join(30)
+            assert child.exitcode == 0
+    finally:
+        for child in children:
+            child.kill()

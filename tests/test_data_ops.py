@@ -39,7 +39,8 @@ def test_cmyk_keeps_its_colours():
     red = Image.new("RGB", (16, 16), (250, 10, 20)).convert("CMYK")
     pixel = rgb(encode(red, "JPEG", quality=95))[8, 8].astype(int)
     assert np.abs(pixel - (250, 10, 20)).max() < 12
-    assert (Chain("resize|center_crop", 8)(decode(encode(red, "JPEG")), None)[4, 4].astype(int) - (250, 10, 20)).max() < 12
+    cropped = Chain("resize|center_crop", 8)(decode(encode(red, "JPEG")), None)[4, 4].astype(int)
+    assert np.abs(cropped - (250, 10, 20)).max() < 12
 
 
 def test_sixteen_bits_are_rounded_to_eight():
@@ -71,7 +72,8 @@ def test_animations_give_their_first_frame():
 
 def test_one_pixel_fits_every_size():
     data = encode(Image.new("RGB", (1, 1), (10, 20, 30)))
-    for chain in ("resize|center_crop", "squash", "random_resized_crop|flip", "pad|resize", "random_crop|rand_augment(2,9,p=1)"):
+    for chain in ("resize|center_crop", "squash", "random_resized_crop|flip", "pad|resize",
+                  "random_crop|rand_augment(2,9,p=1)"):
         out = Chain(chain, 16)(decode(data), np.random.default_rng(0))
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8
     assert (Chain("squash", 4)(decode(data), None) == (10, 20, 30)).all()
@@ -95,23 +97,23 @@ JPEG = encode(gradient(200, 200), "JPEG")
     (JPEG[:len(JPEG) // 2], "truncated_image"),
     (encode(gradient(200, 200))[:300], "truncated_image"),
     (encode(gradient(), "WEBP")[:-40], "broken_image"),
-    (JPEG[:20], None),
+    (JPEG[:20], "not_an_image"),
     (header_only_png(60_000, 60_000), "too_many_pixels"),
     (header_only_png(9_000, 9_000), "too_many_pixels"),
-    (header_only_png(0, 5), None),
+    (header_only_png(0, 5), "not_an_image"),
     (bytes(1000), "not_an_image"),
     (encode(gradient(), "TIFF"), "not_an_image"),
 ])
 def test_unreadable_images_have_a_reason(data, reason):
     with pytest.raises(BadSample) as caught:
         decode(data)
-    assert reason in (None, caught.value.reason)
+    assert caught.value.reason == reason
 
 
 def test_pixel_limit_is_an_option():
     data = encode(gradient(40, 30))
     decode(data, max_pixels=1200)
-    with pytest.raises(BadSample, match="40 x 30, at most 1199"):
+    with pytest.raises(BadSample, match="^too_many_pixels: 40 x 30, at most 1199"):
         decode(data, max_pixels=1199)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -92,18 +92,23 @@ def check_stage(name: str, stage_config: Mapping[str, Any]) -> None:
             raise ConfigError(f"stages.{name}.{key} is missing")
 
 
+def check_keys(fn: Callable[..., Any], section: Mapping[str, Any], where: str, taken: Iterable[str] = ()) -> None:
+    """Raises ConfigError for a key of ``section`` that ``fn`` does not read by name, or that is ``taken``."""
+    parameters = inspect.signature(fn).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [k for k in parameters if k not in taken]
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"{where}.{key}={section[key]!r} is not a known key{nearest(key, known)}")
+
+
 def call(fn: Callable[..., Any], section: Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
     """``fn(*args, **given, **section)``, refusing keys that ``fn`` does not read by name.
 
     ``where``: the section's path for the message, such as "stages.pretrain.optim".
     """
-    signature = inspect.signature(fn)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        bound = list(signature.parameters)[len(args):]
-        known = [k for k in bound if k not in given]
-        for key in section:
-            if key not in known:
-                raise ConfigError(f"{where}.{key}={section[key]!r} is not a known key{nearest(key, known)}")
+    check_keys(fn, section, where, {*list(inspect.signature(fn).parameters)[:len(args)], *given})
     section = {k: to_plain(v) for k, v in section.items()}
     try:
         return fn(*args, **given, **section)

@@ -99,16 +99,19 @@ class Console:
         yield plain
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
-        """Each score with its chance, baseline and interval beside it."""
+        """Each score with its interval, chance and baselines beside it; counts of items are left to the files."""
         table = Table(title=f"scores at step {step}", box=box.SIMPLE, title_justify="left")
-        table.add_column("score")
-        for column in ("value", "95% interval", "chance", "baseline"):
-            table.add_column(column, justify="right")
-        ends = ("/chance", "/ci_low", "/ci_high", "/baseline")
+        table.add_column("score", no_wrap=True, overflow="ignore")
+        table.add_column("value", justify="right", no_wrap=True)
+        table.add_column("95% interval", justify="right", no_wrap=True)
+        table.add_column("beside")
+        parents = {k: k.rpartition("/")[0] for k in scores if k.rpartition("/")[0] in scores}
         for key, value in scores.items():
-            if key.endswith(ends):
+            if key in parents:
                 continue
-            low, high = scores.get(key + "/ci_low"), scores.get(key + "/ci_high")
-            table.add_row(key, f"{value:.4g}", f"{low:.3f} - {high:.3f}" if low is not None else "",
-                          *(f"{scores[key + e]:.4g}" if key + e in scores else "" for e in ("/chance", "/baseline")))
+            own = {k.removeprefix(key + "/"): v for k, v in scores.items() if parents.get(k) == key}
+            low, high = own.pop("ci_low", None), own.pop("ci_high", None)
+            if own or low is not None:
+                table.add_row(key, f"{value:.4g}", "" if low is None else f"{low:.3f} - {high:.3f}",
+                              ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in own.items()))
         self.rich.print(table)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as configs
-from vlm_jax import run
+from vlm_jax import partitioning, run
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.pipeline import EVAL_AUGMENT
 from vlm_jax.errors import ConfigError
 from vlm_jax.train import checkpoint
 from vlm_jax.train.state import merge
@@ -25,24 +25,14 @@ class Model:
     variables: nested weights. tokenizer: None where the source had none. config: the stage's.
     predict: name -> function(batch, **static) -> dict of numpy arrays. ``batch`` holds ``image``
     as uint8 [b, h, w, 3] (normalised inside) or float32 (taken as normalised) and ``text`` as
-    int32 ids [b, l]; the names are those of the system ("embed", "features", "generate", ...).
+    int32 ids [b, l]; the names are those of the system ("embed", "features", "generate", ...). Sampling takes ``key=``.
     """
 
     def __init__(self, stage: run.Stage, variables: Mapping[str, Any]):
         self.stage, self.variables = stage, variables
         self.config, self.tokenizer = stage.config, stage.tokenizer
-        self.preprocess = ops.chain(stage.data.eval_augment)
-        self.predict = {name: self._bind(fn) for name, fn in stage.system.predict.items()}
-
-    def _bind(self, fn: Callable) -> Callable:
-        @functools.lru_cache(maxsize=None)
-        def jitted(options):
-            return jax.jit(lambda v, b, key: fn(v, b, key=key, **dict(options)))
-
-        def call(batch: Mapping[str, Any], key: jax.Array | None = None, **options: Any) -> dict[str, np.ndarray]:
-            batch = {k: jnp.asarray(v) for k, v in batch.items()}
-            return jax.device_get(jitted(tuple(sorted(options.items())))(self.variables, batch, key))
-        return call
+        self.preprocess = ops.Chain(stage.data.eval_augment or EVAL_AUGMENT, stage.data.size)
+        self.predict = run.bind(stage.system, variables, partitioning.make_mesh("dp", devices=jax.devices()[:1]))
 
     def images(self, images: Any) -> np.ndarray:
         """Paths, PIL images or arrays [h, w, 3] (one or a list) -> uint8 [b, size, size, 3], preprocessed."""

@@ -48,6 +48,7 @@ class Data:
     microbatch: rows per pass through the towers, 0 for all at once (nn/chunk.py).
     buckets: text lengths that a batch may be cropped to, () for always ``length``.
     block, window: the two-level permutation (data/order.py); block 1 is the full shuffle.
+    caption, label: which field of a sample, "" for the source's own ("txt", "json:title", "txt@1;json:title@2" by weight).
     bad_budget: the share of samples that may be unreadable before the run stops.
     """
     train: Any
@@ -59,7 +60,7 @@ class Data:
     microbatch: int = 0
     augment: str = ""
     eval_augment: str = ""
-    caption: str = "txt"
+    caption: str = ""
     label: str = ""
     buckets: tuple[int, ...] = ()
     block: int = 1
@@ -288,6 +289,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if setting.kind not in evals.KINDS:
             raise ConfigError(f"stages.{stage.name}.evals.{name}.kind={setting.kind!r} is not an evaluation"
                               f"{nearest(setting.kind, evals.KINDS)}")
+        configs.check_keys(evals.KINDS[setting.kind], setting.options, f"stages.{stage.name}.evals.{name}.options",
+                           ("predict", "batches", "tokenizer", "source"))
 
     if (folder / "config.json").exists():
         changed = configs.changes(configs.from_json((folder / "config.json").read_text()), stage.config)
@@ -309,6 +312,9 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         for step, reason in skipped:
             console.say(f"checkpoint {step} is left out: {reason}")
         key = jax.random.key(stage.config.seed)
+        if start is None and skipped:
+            raise ConfigError(f"every checkpoint in {folder / 'checkpoints'} is unusable; training anew would overwrite them: "
+                              "move that folder away first")
         if start is None:
             start = 0
             if eval_only:
@@ -417,27 +423,27 @@ class Eval:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def bind(stage: Stage, variables: Any, mesh: Any) -> dict[str, Callable]:
+def bind(system: System, variables: Any, mesh: Any) -> dict[str, Callable]:
     """Predict functions over host batches: placed, jitted once per name and options, brought back as numpy."""
     def make(fn):
         @functools.lru_cache(maxsize=None)
         def jitted(options):
-            return jax.jit(lambda v, b: fn(v, b, **dict(options)))
+            return jax.jit(lambda variables, batch, key: fn(variables, batch, key=key, **dict(options)))
 
-        def call(batch, **options):
-            known = {k: v for k, v in batch.items() if k != "meta"}
+        def call(batch: Mapping[str, Any], key: jax.Array | None = None, **options: Any) -> dict[str, np.ndarray]:
+            arrays = {k: v for k, v in batch.items() if k != "meta"}
             with partitioning.use(mesh):
-                return jax.device_get(jitted(tuple(sorted(options.items())))(variables, partitioning.place(known, mesh)))
+                return jax.device_get(jitted(tuple(sorted(options.items())))(variables, partitioning.place(arrays, mesh), key))
         return call
 
-    return {name: make(fn) for name, fn in stage.system.predict.items()}
+    return {name: make(fn) for name, fn in system.predict.items()}
 
 
 def evaluate_state(stage: Stage, settings: Mapping[str, Eval], mesh: Any, console: Console, state: TrainState, step: int,
                    folder: pathlib.Path, *, last: bool) -> tuple[dict[str, float], dict[str, Any]]:
     """Runs the evaluations that are due; returns their scores by name, and the evaluations."""
     params = state.ema or state.params
-    predict = bind(stage, merge(params, state.frozen, state.moving), mesh)
+    predict = bind(stage.system, merge(params, state.frozen, state.moving), mesh)
     scores, found = {}, {}
     for name, setting in settings.items():
         if not last and not (setting.every and step % setting.every == 0):

@@ -34,6 +34,11 @@ class Context:
         return jax.random.fold_in(self.rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def drop_key(context: Context, chunk: jax.Array | int) -> jax.Array | None:
+    """The key of dropped patches and units for one micro-batch; None outside training: nothing is dropped."""
+    return jax.random.fold_in(context.key("drop"), chunk) if context.train else None
+
+
 @struct.dataclass
 class Output:
     """What a loss returns beside its scalar."""

@@ -43,14 +43,17 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadSample("not_an_image", f"starts with {data[:16]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("too_many_pixels", str(error)) from None
-    except MemoryError:
+    except (BadSample, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BadSample("truncated_image" if "truncated" in str(error) else "broken_image", str(error)) from None
 
 
 def to_image(picture: Any) -> Image.Image:
-    """A path, encoded bytes, Pillow image or uint8 [h, w, 3] (or [h, w] grey) -> an image as ``decode`` gives. Raises BadSample, OSError."""
+    """A path, encoded bytes, Pillow image or uint8 [h, w, 3] (or [h, w] grey) -> an image as ``decode`` gives.
+
+    Raises BadSample, OSError for a file that cannot be read, ValueError for an array of another kind.
+    """
     if isinstance(picture, Image.Image):
         return _flatten(picture)
     if isinstance(picture, bytes):
@@ -83,17 +86,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 # ---- geometry ----------------------------------------------------------------------------------
 
-def _scale_to(image, size, pick):
-    """Resizes so that the shorter (``pick=min``) or longer side is ``size``, keeping the aspect (rounded down, as torchvision)."""
-    side = pick(image.size)
+def resize(image, rng, size: int):
+    """Shortest side to ``size``; the longer one is rounded down, as torchvision does."""
+    side = min(image.size)
     if side == size:
         return image
     return image.resize(tuple(size if s == side else max(1, int(size * s / side)) for s in image.size), BICUBIC)
-
-
-def resize(image, rng, size: int):
-    """Shortest side to ``size``."""
-    return _scale_to(image, size, min)
 
 
 def squash(image, rng, size: int):
@@ -110,13 +108,13 @@ def center_crop(image, rng, size: int):
 def random_crop(image, rng, size: int):
     """A random size x size; an image with a shorter side is enlarged first."""
     if min(image.size) < size:
-        image = _scale_to(image, size, min)
+        image = resize(image, rng, size)
     left, top = (int(rng.integers(0, s - size + 1)) for s in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 def random_resized_crop(image, rng, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size (Szegedy et al. 2015; torchvision)."""
+    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size (torchvision's rule)."""
     width, height = image.size
     draws = rng.random((10, 2)).tolist()
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -151,7 +149,8 @@ def flip(image, rng, p: float = 0.5):
 
 def color_jitter(image, rng, brightness: float = 0.32, contrast: float = 0.32, saturation: float = 0.32,
                  hue: float = 0.08, p: float = 0.8):
-    """Brightness, contrast, saturation (factors in 1 +- the number) and hue (turns), in random order, with probability ``p``."""
+    """With probability ``p``, in random order: brightness, contrast, saturation (factors in 1 +- the number),
+    hue (turns)."""
     if rng.random() >= p:
         return image
     image = _rgb(image)
@@ -192,8 +191,8 @@ _RAND_AUGMENT = {  # (image, level in 0..1, sign)
 
 
 def rand_augment(image, rng, n: int, m: float, p: float = 0.5):
-    """``n`` operations drawn from ALBEF's list (none inverts colours) at magnitude ``m`` of 10, each done with
-    probability ``p``. Ranges are those of the ALBEF release: shear 0.3, translate 10 pixels, rotate 30 degrees, at m = 10."""
+    """``n`` operations drawn from ALBEF's list (none inverts colours) at magnitude ``m`` of 10, each done
+    with probability ``p``. Ranges at m = 10 are the release's: shear 0.3, translate 10 pixels, rotate 30 degrees."""
     image, names = _rgb(image), list(_RAND_AUGMENT)
     for i in rng.integers(0, len(names), n).tolist():
         if rng.random() < p:
@@ -208,8 +207,9 @@ OPS: Mapping[str, Callable] = {f.__name__: f for f in (
 class Chain:
     """A parsed chain; calling it with (image, rng) gives uint8 [size, size, 3].
 
-    ``image`` is a Pillow image or uint8 [h, w, 3]. Raises ValueError at once for unknown operations and arguments, and for
-    a chain that leaves a test picture (three times as wide as high, and the reverse) in any shape but size x size.
+    ``image`` is a Pillow image or uint8 [h, w, 3]. Building it raises ValueError for unknown operations and
+    arguments, and where a test picture (three times as wide as high, or the reverse) comes out in any shape
+    but size x size.
     """
 
     def __init__(self, text: str, size: int):
@@ -219,7 +219,8 @@ class Chain:
             result = self(Image.new("RGB", shape), np.random.default_rng(0))
             if result.shape != (size, size, 3):
                 raise ValueError(f"augment={text!r} turns a {shape[0]} x {shape[1]} image into {result.shape[1]} x "
-                                 f"{result.shape[0]}, not size={size} squared; end it with center_crop, squash or a random crop")
+                                 f"{result.shape[0]}, not size={size} squared; end it with center_crop, squash or "
+                                 f"a random crop")
 
     def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
         if isinstance(image, np.ndarray):

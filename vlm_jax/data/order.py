@@ -62,8 +62,8 @@ class Order:
     """The order of one source of n samples, epoch after epoch.
 
     Blocks of ``block`` neighbouring samples are permuted, then samples are permuted inside windows of
-    ``window`` blocks; ``block=1`` is the full shuffle (``window`` then has no effect). Every epoch (position // n) visits each
-    sample exactly once, in another order.
+    ``window`` blocks; ``block=1`` is the full shuffle (``window`` then has no effect). Every epoch
+    (position // n) visits each sample exactly once, in another order.
     """
 
     def __init__(self, n: int, seed: int, block: int = 1, window: int = 1):
@@ -103,9 +103,9 @@ class Order:
 class MixtureOrder:
     """Several orders read side by side with fixed shares.
 
-    Shares are rounded to 1/4096 (at least 1/4096 each) and met exactly in every 4096 positions; which stream serves a
-    position, and how often it served before, follow from (seed, position), so each stream runs
-    through its own exact epochs. Indices count through the streams' concatenation.
+    Shares are rounded to 1/4096 (at least 1/4096 each) and met exactly in every 4096 positions; which
+    stream serves a position, and how often it served before, follow from (seed, position), so each
+    stream runs through its own exact epochs. Indices count through the streams' concatenation.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int):

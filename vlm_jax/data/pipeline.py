@@ -18,7 +18,7 @@ from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
 from vlm_jax.data.order import order_of
-from vlm_jax.data.sources import key_of, read_text
+from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import nearest
 
@@ -56,8 +56,7 @@ class _Reader:
         source = self.source
         if hasattr(source, "place"):
             source, index = source.place(index)
-        return Offence(getattr(source, "name", type(source).__name__), key_of(source, index), error.reason,
-                       error.detail, int(index))
+        return Offence(name_of(source), key_of(source, index), error.reason, error.detail, int(index))
 
 
 class _Steps:
@@ -133,12 +132,13 @@ class TrainBatches(_Batches):
     """Yields (step, batch)."""
 
     def __init__(self, steps: _Steps, start: int, stop: int | None, threads: int, prefetch: int, ledger: Ledger):
-        super().__init__(grain.MapDataset.range(start, sys.maxsize if stop is None else stop).map(steps), threads, prefetch, ledger)
+        numbers = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
+        super().__init__(numbers.map(steps), threads, prefetch, ledger)
         self._step = start
 
     def __next__(self) -> tuple[int, dict[str, np.ndarray]]:
         batch, seen, offences = self._next()
-        self.ledger.add(seen, offences)  # here, in the order of the steps, so that a run stops at the same one every time
+        self.ledger.add(seen, offences)  # in the order of the steps: a run stops at the same one every time
         if batch is None:
             raise BadDataError(self.ledger.report(f"step {self._step}: {MAX_ATTEMPTS} candidates in a row were bad"))
         step, self._step = self._step, self._step + 1
@@ -146,28 +146,32 @@ class TrainBatches(_Batches):
 
 
 def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str, seed: int,
-                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, prefetch: int = 4, block: int = 1,
-                  window: int = 1, caption: str = "sample", bad_budget: float = 0.01, quarantine_path: str | None = None,
-                  buckets: Sequence[int] = (), max_pixels: int = ops.MAX_PIXELS) -> TrainBatches:
+                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, prefetch: int = 4,
+                  block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
+                  quarantine_path: str | None = None, buckets: Sequence[int] = (),
+                  max_pixels: int = ops.MAX_PIXELS) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
-    ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain (``ops.Chain``);
-    ``threads``: reader threads (0 reads in the calling thread); ``prefetch``: batches made ahead;
-    ``block``, ``window``: the shuffle (``order.Order``); ``caption``: "sample" draws one of several captions by their
-    weights, "first" takes the first. A batch is a pure function of (seed, step): threads and restarts
-    do not change it.
+    ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
+    (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``prefetch``: batches made
+    ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``: "sample" draws one of several
+    captions by their weights, "first" takes the first. A batch is a pure function of (seed, step): threads
+    and restarts do not change it.
 
-    ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest caption. It is told
-    from all rows of the global batch, so it holds for one process reading all of them.
+    ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
+    caption. That is told from all rows of the global batch, so it is right for one process that reads them all.
 
     A bad sample is replaced by another, drawn from (seed, position, attempt), counted by reason, and written to
-    ``quarantine_path``; past ``bad_budget`` (``bad.Ledger``) BadDataError is raised. Raises ValueError for a wrong argument.
+    ``quarantine_path``; past ``bad_budget`` (``bad.Ledger``) BadDataError is raised. Raises ValueError for a
+    wrong argument.
     """
     if batch < 1 or size < 1 or length < 2 or seed < 0:
         raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}: at least 1, 1, 2 and 0")
     reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels)
-    steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed, buckets=buckets)
-    return TrainBatches(steps, start_step, stop_step, threads, prefetch, Ledger(bad_budget, quarantine_path=quarantine_path))
+    steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed,
+                   buckets=buckets)
+    ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
+    return TrainBatches(steps, start_step, stop_step, threads, prefetch, ledger)
 
 
 class EvalBatches(_Batches):
@@ -191,9 +195,10 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
                  quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS) -> EvalBatches:
     """Every sample once (the first ``limit``), in index order: an iterator of (batch, meta).
 
-    ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are counted, not
-    replaced (those rows are zero images and empty texts). ``meta`` has one entry per True row, in order: {"key", "captions" (all of them), "label" (None
-    without), "index"}; ``text`` holds the first caption.
+    ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are
+    counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption. ``meta``
+    has one entry per True row, in order: {"key", "captions" (all of them), "label" (None without), "index"}.
+    Bad samples count against ``bad_budget`` as in training.
     """
     reader = _Reader(source, ops.Chain(augment, size), "first", max_pixels)
     total = len(source) if limit is None else min(limit, len(source))
@@ -201,7 +206,7 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
     def read(number: int):
         image = np.zeros((batch, size, size, 3), np.uint8)
         ids = np.zeros((2, batch), np.int32)
-        mask, meta, offences, rows = np.zeros(batch, bool), [], [], []
+        mask, meta, offences, texts = np.zeros(batch, bool), [], [], []
         indices = range(number * batch, min((number + 1) * batch, total))
         for row, index in enumerate(indices):
             try:
@@ -210,25 +215,28 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
                 offences.append(reader.offence(index, error))
                 continue
             mask[row] = True
-            rows.append((row, text))
+            texts.append(text)
             ids[:, row] = hash31(normalise_caption(text)), hash31(sample["key"])
-            meta.append({"key": sample["key"], "captions": list(sample["text"]), "label": sample.get("label"), "index": index})
+            meta.append({"key": sample["key"], "captions": list(sample["text"]), "label": sample.get("label"),
+                         "index": index})
         text = np.full((batch, length), tokenizer.pad_id, np.int32)
         text_mask = np.zeros((batch, length), bool)
-        if rows:
-            text[mask], text_mask[mask], _ = tokenizer([t for _, t in rows], length)
+        if texts:
+            text[mask], text_mask[mask], _ = tokenizer(texts, length)
         return ({"image": image, "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
                  "mask": mask}, meta, len(indices), offences)
 
-    return EvalBatches(read, -(-total // batch), threads, prefetch, Ledger(bad_budget, quarantine_path=quarantine_path))
+    ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
+    return EvalBatches(read, -(-total // batch), threads, prefetch, ledger)
 
 
 def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augment: str = EVAL_AUGMENT,
             captions: int = 512) -> dict[str, Any]:
     """What a run is about to read, for the start-up table: the first readable sample and how captions fit.
 
-    {"key", "image" uint8 [size,size,3], "caption", "ids" (real ones), "decoded" (the ids as text again), "samples" (in the source),
-    "captions" (looked at), "tokens_mean", "tokens_max", "truncated" (share of captions longer than ``length``)}.
+    {"key", "image" uint8 [size,size,3], "caption", "ids" (real ones), "decoded" (the ids as text again),
+    "samples" (in the source), "captions" (looked at), "tokens_mean", "tokens_max", "truncated" (share of the
+    captions longer than ``length``)}.
     Captions are of up to ``captions`` samples spread evenly. Raises BadDataError where none of 64 samples can be read.
     """
     reader = _Reader(source, ops.Chain(augment, size), "first", ops.MAX_PIXELS)
@@ -240,7 +248,8 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
         except BadSample as error:
             errors.append(str(error))
     else:
-        raise BadDataError(f"none of the first {len(errors)} samples of {source.name} can be read; the first: {errors[:1]}")
+        raise BadDataError(f"none of the first {len(errors)} samples of {name_of(source)} can be read; "
+                           f"the first: {errors[:1]}")
     tokens = []
     for i in np.unique(np.linspace(0, len(source) - 1, min(captions, len(source))).astype(np.int64)):
         try:

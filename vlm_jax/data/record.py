@@ -70,7 +70,7 @@ def field_value(record: dict[str, Any], field: Field) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
-    """The non-empty strings in a caption field, which holds one caption or a list of them; white space becomes single spaces."""
+    """The captions in a field that holds one or a list; empty ones are left out, white space is made single spaces."""
     texts = []
     for text in value if isinstance(value, (list, tuple, np.ndarray)) else [value]:
         try:
@@ -167,7 +167,8 @@ class RecordSource:
             present |= value is not None
             found = _texts(value)
             texts += found
-            weights += [weight / len(found)] * len(found)
+            weights += [weight / len(found) for _ in found]
         if not texts:
-            raise BadSample("empty_caption" if present else "missing_caption", ";".join(str(f) for f, _ in self.captions))
+            fields = "; ".join(str(field) for field, _ in self.captions)
+            raise BadSample("empty_caption" if present else "missing_caption", fields)
         return texts, weights

@@ -61,7 +61,7 @@ CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS
 RGB = {"red": (224, 40, 44), "orange": (246, 138, 24), "yellow": (246, 228, 56), "green": (52, 176, 62),
        "cyan": (68, 216, 226), "blue": (56, 92, 238), "purple": (164, 62, 212), "white": (240, 240, 240)}
 RADIUS = {"small": (0.100, 0.130), "big": (0.170, 0.205)}
-_COLOUR_JITTER = 16.0  # levels of 255, each channel
+_COLOUR_JITTER = 14.0  # levels of 255, each channel
 _ROTATION = math.radians(25)  # jitter to both sides
 _GAP = 0.03  # between the circles around two objects, and to the border
 _CLEAR = 8 / 64  # the horizontal and vertical distance of two objects differ by this much

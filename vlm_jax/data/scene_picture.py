@@ -89,8 +89,7 @@ def _stripes() -> np.ndarray:
 
 @functools.cache
 def _noise() -> np.ndarray:
-    noise = np.random.default_rng(0).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3))
-    return noise.astype(np.float32)
+    return np.random.default_rng(0).standard_normal((3, _NOISE_SIDE, _NOISE_SIDE), np.float32)
 
 
 @functools.cache
@@ -106,22 +105,27 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     rng = stream(scene.split, scene.index, "picture")
     side = min(size, _NOISE_SIDE)
     top, left = (int(rng.random() * (_NOISE_SIDE - side + 1)) for _ in range(2))
-    noise = _noise()[top:top + side, left:left + side]
+    noise = _noise()[:, top:top + side, left:left + side]
     if side < size:
         repeat = -(-size // side)
-        noise = np.tile(noise, (repeat, repeat, 1))[:size, :size]
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = np.asarray(scene.background, np.float32)
+        noise = np.tile(noise, (1, repeat, repeat))[:, :size, :size]
+    image = np.empty((3, size, size), np.float32)
+    for plane, level in zip(image, scene.background):
+        plane.fill(level)
     for thing in scene.objects:
         _draw(image, thing)
     image += noise * np.float32(scene.noise)
     np.maximum(image, 0, out=image)
     np.minimum(image, 255, out=image)
-    return image.astype(np.uint8)
+    picture = np.empty((size, size, 3), np.uint8)
+    for channel, plane in enumerate(image.astype(np.uint8)):
+        picture[..., channel] = plane
+    return picture
 
 
 def _draw(image: np.ndarray, thing: Thing) -> None:
-    size = image.shape[0]
+    """Paints an object over `image` [3, size, size] (colour planes: long inner loops are faster)."""
+    size = image.shape[1]
     x, y, radius = thing.x * size, thing.y * size, thing.radius * size
     reach = radius + 1
     x0, x1 = max(0, int(x - reach)), min(size, int(x + reach) + 1)
@@ -131,16 +135,15 @@ def _draw(image: np.ndarray, thing: Thing) -> None:
     # the pixel centres, turned into the shape's own frame, in table cells
     scale, middle = _TABLE / (2 * _REACH * radius), _TABLE / 2
     cos, sin = math.cos(thing.rotation) * scale, math.sin(thing.rotation) * scale
-    u = (dx * np.float32(cos) + (dy * np.float32(sin) + np.float32(middle))).astype(np.int32)
-    v = (dx * np.float32(-sin) + (dy * np.float32(cos) + np.float32(middle))).astype(np.int32)
-    np.minimum(u, _TABLE - 1, out=u)
-    np.minimum(v, _TABLE - 1, out=v)
-    np.maximum(u, 0, out=u)
-    np.maximum(v, 0, out=v)
+    cells = np.empty((2, y1 - y0, x1 - x0), np.float32)
+    np.add(dx * np.float32(cos), dy * np.float32(sin) + np.float32(middle), out=cells[0])
+    np.add(dx * np.float32(-sin), dy * np.float32(cos) + np.float32(middle), out=cells[1])
+    np.maximum(cells, 0, out=cells)
+    u, v = np.minimum(cells, _TABLE - 1, out=cells).astype(np.int32)
 
     distance = _distances(thing.shape, thing.fill == "hollow").take(v * _TABLE + u)
     alpha = _coverage(distance, -radius)
-    colour = np.asarray(thing.rgb, np.float32)
+    colour = np.asarray(thing.rgb, np.float32)[:, None, None]
     if thing.fill == "striped" or thing.material == "shiny":
         light = np.float32(1)
         if thing.fill == "striped":
@@ -149,9 +152,9 @@ def _draw(image: np.ndarray, thing: Thing) -> None:
         if thing.material == "shiny":
             # lit from the upper left: brighter there, darker on the far side
             light = light * (1 - np.float32(0.36 / radius) * (dx + dy))
-        colour = colour * light[..., None]
-    window = image[y0:y1, x0:x1]
-    window += alpha[..., None] * (colour - window)
+        colour = colour * light
+    window = image[:, y0:y1, x0:x1]
+    window += alpha * (colour - window)
 
 
 def _coverage(distance: np.ndarray, pixels: float) -> np.ndarray:

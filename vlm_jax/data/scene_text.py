@@ -23,8 +23,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlm_jax.data.scene import (COLOURS, FILLS, MATERIALS, OPPOSITE, SHAPES, SIZES, HELD_OUT_PAIRS, Scene, Thing,
-                                pick, shuffled, stream)
+from vlm_jax.data.scene import (COLOURS, FILLS, HELD_OUT_PAIRS, MATERIALS, OPPOSITE, SHAPES, SIZES, Scene, Thing, pick,
+                                shuffled, stream)
 
 LONGEST = 28  # words and commas; with the start and end marks at most 30 tokens
 
@@ -43,7 +43,7 @@ SIDES = {"left": ("to its left", "on its left"), "right": ("to its right", "on i
 OPENINGS = ("there is", "here is", "we see", "the picture shows", "a picture of", "this is")
 VERBS = ("is", "sits", "lies")
 ORDINALS = ("the first", "the second", "the third")
-NUMBERS = ("no", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three")
 
 PHRASES = ("plain", "fill_first", "colour_after", "that_is", "size_after")
 SENTENCES = ("relations", "opening", "verb", "inverted", "with", "ordinals", "respectively")
@@ -59,7 +59,7 @@ class _Pen:
 
     def word(self, value: str, table=SYNONYMS) -> str:
         words = table[value]
-        if self.rng is None or len(words) == 1 or self.rng.random() < 0.5:
+        if self.rng is None or len(words) == 1 or self.rng.random() < 0.5:  # half of the words are canonical
             return words[0]
         return pick(self.rng, words)
 
@@ -108,9 +108,8 @@ def caption(scene: Scene, seed: int = 0, canonical_share: float = 0.5) -> str:
         return canonical(scene)
     pen = _Pen(rng)
     order = shuffled(rng, range(len(scene.objects)))
-    sentence, style = pick(rng, SENTENCES), pick(rng, PHRASES)
-    if len(order) == 1 and sentence in ("verb", "inverted", "with", "ordinals", "respectively"):
-        sentence = "opening"
+    sentence = pick(rng, SENTENCES if len(order) > 1 else ("relations", "opening"))
+    style = pick(rng, PHRASES)
     text = _sentence(scene, order, sentence, style, pen)
     for shorter in (sentence, "relations"):
         if len(_words(text)) > LONGEST:
@@ -272,8 +271,11 @@ def judge(scene: Scene, text: str) -> dict[str, bool]:
     shapes, colours   the same, of shapes and of colours alone
     attributes  nothing false is said of an object, and nothing the canonical caption says is left out
     relations   every relation stated is true, and as many are stated as in the canonical caption
-    exact       understood, attributes and relations, under one matching of caption to scene
+    exact       understood, objects, attributes and relations
     literal     the text is the canonical caption
+
+    Objects, attributes and relations are those of the one matching of the caption's objects to the
+    scene's that fares best, in this order.
     """
     facts = parse(text)
     things = scene.objects
@@ -283,7 +285,8 @@ def judge(scene: Scene, text: str) -> dict[str, bool]:
     if len(facts.objects) == len(things):
         best = max(_agreement(scene, facts, order) for order in itertools.permutations(range(len(things))))
     named, described, placed = best
-    return {"exact": facts.understood and described and placed, "literal": text.strip() == canonical(scene),
+    return {"exact": facts.understood and named and described and placed,
+            "literal": text.strip() == canonical(scene),
             "understood": facts.understood, "objects": named, "shapes": bags["shape"], "colours": bags["colour"],
             "attributes": described, "relations": placed}
 

@@ -149,7 +149,7 @@ def contact_sheet(split: str, rows: int, columns: int, size: int, scale: int):
     """A PIL image of pictures, enlarged, with the canonical and a free caption under each."""
     from PIL import Image, ImageDraw
 
-    side, text_height = size * scale, 104
+    side, text_height = size * scale, 132
     page = Image.new("RGB", (columns * (side + 12) + 12, rows * (side + text_height) + 12), "white")
     draw = ImageDraw.Draw(page)
     source = open_scenes(split, size, rows * columns)
@@ -159,14 +159,14 @@ def contact_sheet(split: str, rows: int, columns: int, size: int, scale: int):
         picture = Image.fromarray(render(scene, size)).resize((side, side), Image.Resampling.NEAREST)
         page.paste(picture, (left, top))
         for n, text in enumerate((canonical(scene), caption(scene, canonical_share=0.0))):
-            lines = "\n".join(textwrap.wrap(text, side // 6)[:3])
-            draw.text((left, top + side + 4 + 48 * n), lines, fill=("black", "steelblue")[n], spacing=2)
+            lines = "\n".join(textwrap.wrap(text, side // 6))
+            draw.text((left, top + side + 4 + 52 * n), lines, fill=("black", "steelblue")[n], spacing=2)
     return page
 
 
 def measure(count: int, size: int) -> dict[str, float]:
     """Processor time of one core: samples and pictures a second, and microseconds of each part."""
-    source = open_scenes("train", size, 2 * count)
+    source = open_scenes("train", size)
     for i in range(256):  # tables are built on first use
         source[i]
     scenes = [source.scene(i) for i in range(count)]

@@ -173,7 +173,7 @@ class Mixture:
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float] | None):
         self.parts, self.weights = list(parts), None if weights is None else [float(w) for w in weights]
-        self.name = "; ".join(p.name for p in self.parts)
+        self.name = "; ".join(name_of(p) for p in self.parts)
         self._start = np.cumsum([0] + [len(p) for p in self.parts])
 
     def __len__(self) -> int:
@@ -198,6 +198,11 @@ class Mixture:
     def read_text(self, i: int) -> list[str]:
         source, inner = self.place(i)
         return read_text(source, inner)
+
+
+def name_of(source: Any) -> str:
+    """What a source is called in messages and in the quarantine file."""
+    return getattr(source, "name", type(source).__name__.lower())
 
 
 def key_of(source: Any, i: int) -> str:

@@ -88,6 +88,7 @@ def find_tars(pattern: str) -> list[str]:
                 found = sorted(fs.unstrip_protocol(p) for p in fs.glob(inner))
             else:
                 found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+            found = [p for p in found if not p.endswith((".idx", ".tmp"))]  # our own, beside the tars
             if not found:
                 raise FileNotFoundError(f"no file matches {name}")
             paths += found
@@ -129,7 +130,8 @@ def scan_members(read: Callable[[int, int], bytes], total: int,
     """Yields (name, offset, size) of the whole regular files of a tar (ustar, GNU and pax names).
 
     ``read(offset, size)`` gives bytes of the tar, ``total`` is its size. What is refused or broken is
-    counted: "link", "device", "unsafe_name", "name_not_utf8", "other_type", "truncated", "no_end_mark", "corrupt_header".
+    counted: "link", "device", "unsafe_name", "name_not_utf8", "other_type", "truncated", "no_end_mark",
+    "corrupt_header".
     """
     at, long_name, extended = 0, None, {}
     while at + _BLOCK <= total:
@@ -263,8 +265,9 @@ def build_index(path: str, stamp: list) -> bytes:
                "offset": np.array(offset, np.int64), "size": np.array(size, np.int64),
                "key_end": np.cumsum([len(k) for k in keys], dtype=np.int64),
                "keys": np.frombuffer(b"".join(keys), np.uint8), "caption_bytes": np.array(caption, np.int32)}
+    per_set = np.bincount(columns["set"], minlength=len(sets)).tolist()
     header = {"stamp": stamp, "counts": dict(counts), "samples": len(samples),
-              "sets": [[list(names), int(n)] for names, n in zip(sets, np.bincount(columns["set"], minlength=len(sets)))],
+              "sets": [[list(names), count] for names, count in zip(sets, per_set)],
               "columns": [[name, str(c.dtype), len(c)] for name, c in columns.items()]}
     text = json.dumps(header).encode()
     out = bytearray(_MAGIC + struct.pack("<Q", len(text)) + text)
@@ -476,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import argparse
     import multiprocessing
 
-    parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.tars", description="Builds tar indices ahead of training.")
+    parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.tars",
+                                     description="Builds tar indices ahead of training.")
     parser.add_argument("pattern", help="paths with braces or globs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)

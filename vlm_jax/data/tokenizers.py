@@ -1,8 +1,8 @@
 """Tokenizers with one interface: CLIP's byte-level BPE, SentencePiece, and any ``tokenizer.json``.
 
 ``load(name)`` opens one; ``save(dir)`` writes a self-contained directory that ``load(dir)`` reads, so that a
-checkpoint carries its tokenizer. ``python -m vlm_jax.data.tokenizers train --input=FILE_OR_SPEC --vocab=4000 --out=DIR``
-trains SentencePiece on a data set's own captions.
+checkpoint carries its tokenizer. To train SentencePiece on a data set's own captions:
+``python -m vlm_jax.data.tokenizers train --input=FILE_OR_SPEC --vocab=4000 --out=DIR``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vlm_jax.errors import nearest
 
 DESCRIPTION = "tokenizer_kind.json"  # in a saved directory: {"kind": ...}
 CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+BYTES_FROM = 1000
 CLIP_PACKAGES = ("open_clip", "clip")
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
@@ -131,7 +132,8 @@ class ClipTokenizer(Tokenizer):
         if len(merges) != self.MERGES or any(len(m) != 2 for m in merges):
             raise ValueError(f"{CLIP_FILE} holds {len(merges)} merges, expected {self.MERGES}")
         symbols = list(_byte_symbols().values())
-        tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+        tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges),
+                  "<|startoftext|>", "<|endoftext|>"]
         vocab = {token: i for i, token in enumerate(tokens)}
         self.vocab_size, self.pad_id = len(tokens), 0
         self.bos_id, self.eos_id = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
@@ -166,7 +168,8 @@ class ClipTokenizer(Tokenizer):
 
 
 def _byte_symbols() -> dict[int, str]:
-    """Byte -> character, in the vocabulary's order: printable bytes stand for themselves, the rest count from 256 (GPT-2's table)."""
+    """Byte -> character, in the vocabulary's order (GPT-2's table): printable bytes stand for themselves,
+    the rest count from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
@@ -219,7 +222,8 @@ KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "clip
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", or a directory written by ``save``.
+    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", or a directory
+    written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
@@ -230,7 +234,7 @@ def load(name: str) -> Tokenizer:
     kind, colon, path = name.partition(":")
     path = os.path.expanduser(path)
     if name == "scenes":
-        return SentencePieceTokenizer(_read(os.path.join(ASSETS, "scenes.model"), "the packaged tokenizer of the scenes"))
+        return SentencePieceTokenizer(_read(os.path.join(ASSETS, "scenes.model"), "the scenes' packaged tokenizer"))
     if kind == "clip":
         return ClipTokenizer(_read(path, "CLIP's vocabulary") if path else _find_clip_vocabulary())
     if kind == "sentencepiece" and path:
@@ -268,8 +272,9 @@ def _find_clip_vocabulary() -> bytes:
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if os.path.isfile(os.path.join(folder, CLIP_FILE)):
                 return _read(os.path.join(folder, CLIP_FILE), "CLIP's vocabulary")
-    raise FileNotFoundError(f"the tokenizer \"clip\" needs {CLIP_FILE}, which is in neither of the packages {', '.join(CLIP_PACKAGES)}: "
-                            f"install open_clip_torch, or name the file: \"clip:/path/{CLIP_FILE}\"")
+    raise FileNotFoundError(f"the tokenizer 'clip' needs {CLIP_FILE}, which no installed package "
+                            f"({' or '.join(CLIP_PACKAGES)}) holds: install open_clip_torch, or name the file: "
+                            f"'clip:/path/{CLIP_FILE}'")
 
 
 def _read_json(path: str) -> bytes:
@@ -288,22 +293,29 @@ def _read_json(path: str) -> bytes:
 def check(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises ValueError where a model's token table of ``vocab_size`` rows is too small for the tokenizer."""
     if vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is smaller than the {tokenizer.kind} tokenizer's {tokenizer.vocab_size} "
-                         f"ids; nearest: {tokenizer.vocab_size}")
+        raise ValueError(f"vocab_size={vocab_size} is smaller than the {tokenizer.kind} tokenizer's "
+                         f"{tokenizer.vocab_size} ids; nearest: {tokenizer.vocab_size}")
 
 
-def train(texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
-    """Trains SentencePiece on captions: NFKC, lower case; pad 0, begin 1, end 2, unknown 3, unseen characters as bytes.
+def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePieceTokenizer:
+    """Trains SentencePiece on captions: NFKC, lower case; pad 0, begin 1, end 2, unknown 3.
 
-    ``vocab_size`` is an upper limit: few captions give fewer pieces. The same texts give the same model.
+    ``vocab_size`` is an upper limit: few captions give fewer pieces. From ``BYTES_FROM`` on, 256 of them are
+    bytes, which stand in for characters not seen; a smaller vocabulary has none to spare. ``model_type``: "bpe"
+    makes whole words of a small corpus, "unigram" cuts them finer. The same texts give the same model.
+    Raises ValueError where the limit does not hold the texts' characters.
     """
     import sentencepiece
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, model_type=model_type,
-        hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, normalization_rule_name="nmt_nfkc_cf",
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, input_sentence_size=1_000_000,
-        shuffle_input_sentence=False, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, model_type=model_type,
+            hard_vocab_limit=False, character_coverage=1.0, byte_fallback=vocab_size >= BYTES_FROM,
+            normalization_rule_name="nmt_nfkc_cf", pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1,
+            input_sentence_size=1_000_000, shuffle_input_sentence=False, minloglevel=2)
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise ValueError(f"SentencePiece cannot be trained with vocab={vocab_size}: {reason}") from None
     return SentencePieceTokenizer(out.getvalue())
 
 
@@ -328,11 +340,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.tokenizers")
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="train SentencePiece on captions")
-    train_parser.add_argument("--input", required=True, help="text file, one caption a line, or a data source (tars:..., jsonl:...)")
+    train_parser.add_argument("--input", required=True, help="text file, one caption a line, or a data source")
     train_parser.add_argument("--vocab", type=int, default=4000, help="at most this many pieces")
     train_parser.add_argument("--out", required=True, help="directory to write")
     train_parser.add_argument("--caption", help="caption field of the source, as in data.caption")
-    train_parser.add_argument("--model", default="unigram", choices=("unigram", "bpe"))
+    train_parser.add_argument("--model", default="bpe", choices=("bpe", "unigram"))
     train_parser.add_argument("--limit", type=int, default=1_000_000, help="captions to read")
     args = parser.parse_args(argv)
     tokenizer = train(_captions(args.input, args.limit, args.caption), args.vocab, args.model)

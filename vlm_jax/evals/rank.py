@@ -48,9 +48,8 @@ def chance_within(k: int, total: int, sizes: np.ndarray) -> float:
     """Probability that a random order puts one of a query's right targets among the first k; mean over
     queries with ``sizes`` [q] right targets of ``total``."""
     values, counts = np.unique(sizes, return_counts=True)
-    missed = [0.0 if k > total - p else
-              math.exp(math.lgamma(total - p + 1) - math.lgamma(total - p - k + 1)
-                       - math.lgamma(total + 1) + math.lgamma(total - k + 1)) for p in values.tolist()]
+    # None of p right ones lies among the first k: the p places are drawn from the other total - k.
+    missed = [math.prod(max(total - k - j, 0) / (total - j) for j in range(p)) for p in values.tolist()]
     return float(1 - np.average(missed, weights=counts))
 
 

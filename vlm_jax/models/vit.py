@@ -53,6 +53,8 @@ class ViT(nn.Module):
       positions: "learned" (for ``image_size`` only) or "sincos" (any size; zero for a class token).
       positions_at: "input", and "output" where they are to be added to the result again, so
         that poolers above can tell places apart.
+      patch_dropout: share of the patches left out of each image when ``key`` is given (FLIP, arXiv
+        2212.00794): less work in training, and less to memorise.
       remat: a policy's name, see ``nn.block.REMAT``.
     """
     image_size: int
@@ -71,10 +73,14 @@ class ViT(nn.Module):
     positions_at: tuple[str, ...] = ("input",)
     qk_norm: str = "none"
     init_scheme: str = "torch"
+    patch_dropout: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout={self.patch_dropout} must be in [0, 1); nearest: "
+                             f"{min(max(self.patch_dropout, 0.0), 0.9)}")
         for name, value, valid in (("stem", self.stem, STEMS), ("positions", self.positions, POSITIONS),
                                    *(("norms_at", place, PLACES) for place in self.norms_at),
                                    *(("positions_at", place, PLACES) for place in self.positions_at)):
@@ -100,12 +106,16 @@ class ViT(nn.Module):
             qk_norm=self.qk_norm, init_scheme=self.init_scheme), self.remat, self.dtype)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
 
-    def __call__(self, image: jax.Array) -> jax.Array:
+    def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """``key``: of the patches to drop; None keeps all."""
         x = self.patch_embed(image.astype(self.dtype))
         if self.class_token:
             first = jnp.broadcast_to(self.class_embed.astype(self.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([first, x], 1)
-        positions = self.position_table(image.shape[1] // self.patch, image.shape[2] // self.patch)
+        positions = jnp.broadcast_to(self.position_table(image.shape[1] // self.patch, image.shape[2] // self.patch), x.shape)
+        if self.patch_dropout and key is not None:
+            kept = self.kept_tokens(key, x.shape[0], x.shape[1])
+            x, positions = (jnp.take_along_axis(a, kept[..., None], axis=1) for a in (x, positions))
         if "input" in self.positions_at:
             x = x + positions
         if "input" in self.norms_at:
@@ -116,6 +126,14 @@ class ViT(nn.Module):
         if "output" in self.positions_at:
             x = x + positions
         return shard(x, "batch", "length", "act_embed")
+
+    def kept_tokens(self, key: jax.Array, batch: int, count: int) -> jax.Array:
+        """int32 [b, kept], in order: a random choice of each image's patches, and the class token."""
+        patches = count - self.class_token
+        kept = max(1, round(patches * (1 - self.patch_dropout)))
+        order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)[:, :kept]
+        order = jnp.sort(order, axis=1) + int(self.class_token)
+        return jnp.concatenate([jnp.zeros((batch, 1), order.dtype), order], 1) if self.class_token else order
 
     def position_table(self, rows: int, columns: int) -> jax.Array:
         """[n (+1), width] for a grid of rows x columns tokens."""

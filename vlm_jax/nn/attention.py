@@ -60,6 +60,13 @@ def _log_once(name: str, reason: str) -> None:
     log.info("attention: %s (%s)", name, reason)
 
 
+def target() -> str:
+    """The backend that is compiled for: the mesh's, which may be hardware that is not here, or the default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def _capability() -> float | None:
     value = getattr(jax.devices()[0], "compute_capability", None)
     try:
@@ -76,7 +83,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     """
     if causal not in CAUSAL:
         raise ValueError(f"causal={causal!r} is not known{nearest(causal, CAUSAL)}")
-    backend = jax.default_backend()
+    backend = target()
     name, reason = choose(backend, q.dtype, q.shape[-1], q.shape[1], k.shape[1], mask is not None,
                           _capability() if backend == "gpu" else None)
     _log_once(name, reason)

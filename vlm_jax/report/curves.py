@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from vlm_jax.report import series
 from vlm_jax.report.theme import Theme, render
 
 COLUMNS, WIDTH, HEIGHT = 3, 4.1, 2.75                       # panels in a row; inches of one
+NOISY = ("Loss", "Gradient norm", "Accuracy in the batch", "Images per second")
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], theme: Theme) -> bytes | None:
@@ -21,9 +22,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], theme: Theme) -> bytes | None
     main = {n: p for n, p in scores.items() if n.rpartition("/")[0] not in scores}
     panels = [(title, lambda axes, t, lines=lines, title=title: _lines(axes, t, title, lines))
               for title, lines in training.items() if title == "Loss"]
-    for title, names in series.score_panels(main).items():
-        draw = _steps if any(len(scores[n]) > 1 for n in names) else _dots
-        panels.append((title[0].upper() + title[1:], lambda axes, t, draw=draw, names=names: draw(axes, t, names, scores)))
+    for title, labels in series.score_panels(main).items():
+        draw = _steps if any(len(scores[n]) > 1 for n in labels) else _dots
+        panels.append((title[0].upper() + title[1:], lambda axes, t, draw=draw, labels=labels: draw(axes, t, labels, scores)))
     panels += [(title, lambda axes, t, lines=lines, title=title: _lines(axes, t, title, lines))
                for title, lines in training.items() if title != "Loss"]
     if not panels:
@@ -46,69 +47,97 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], theme: Theme) -> bytes | None
 def _lines(axes, theme: Theme, title: str, lines: Mapping[str, np.ndarray]) -> None:
     """Training metrics: the points pale, their running mean on top where there are many."""
     names = sorted(lines, key=lambda n: (n != "loss", n))
-    for name, colour in zip(names, _cycle(theme, len(names))):
+    for name, (colour, dashes) in zip(names, _styles(theme, len(names))):
         step, value = lines[name].T
-        smooth = _running_mean(value) if len(value) >= 40 else value
-        if len(value) >= 40:
+        smooth = title in NOISY and len(value) >= 40
+        if smooth:
             axes.plot(step, value, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(step, smooth, color=colour, marker="o" if len(value) == 1 else None, markersize=4,
-                  label=series.spell(name))
+        axes.plot(step, _running_mean(value) if smooth else value, color=colour, marker="o" if len(value) == 1 else None,
+                  markersize=4, linestyle=dashes, label=series.spell(name))
     finite = np.concatenate([v[:, 1] for v in lines.values()])
     finite = finite[np.isfinite(finite)]
-    if title in ("Loss", "Gradient norm") and len(finite) and finite.min() > 0 and finite.max() > 30 * finite.min():
-        axes.set_yscale("log")
-        axes.grid(which="minor", visible=False)
-    elif len(finite):
-        if title != "Learning rate" and finite.min() >= 0 and finite.min() < 0.5 * finite.max():
-            axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(EngFormatter(sep="") if finite.max() >= 1e4 else axes.yaxis.get_major_formatter())
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    if title in ("Loss", "Gradient norm") and low > 0 and high > 30 * low:
+        _log_axis(axes)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
+        if low >= 0 and low < 0.5 * high or high - low <= 1e-6 * abs(high):
+            axes.set_ylim(min(0, 2 * low), 1.08 * high if high > 0 else 1)
+        if high >= 1e4:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if len(lines) > 1:
         axes.legend(loc="best", handlelength=1.2)
     _step_axis(axes)
 
 
-def _steps(axes, theme: Theme, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
+def _steps(axes, theme: Theme, labels: Mapping[str, str], scores: Mapping[str, np.ndarray]) -> None:
     """Scores over steps with their intervals as bands and chance dotted."""
-    for name, colour in zip(names, _cycle(theme, len(names))):
+    for name, (colour, dashes) in zip(labels, _styles(theme, len(labels))):
         step, value = scores[name].T
-        axes.plot(step, value, color=colour, marker="o", markersize=3.5, label=series.spell(name.rpartition("/")[2]))
+        axes.plot(step, value, color=colour, marker="o", markersize=3.5, linestyle=dashes, label=labels[name])
         low, high = scores.get(f"{name}/ci_low"), scores.get(f"{name}/ci_high")
         if low is not None and high is not None and len(low) == len(high) == len(step):
             axes.fill_between(step, low[:, 1], high[:, 1], color=colour, alpha=0.15, linewidth=0)
         if (chance := scores.get(f"{name}/chance")) is not None:
             axes.plot(chance[:, 0], chance[:, 1], color=colour, linestyle=(0, (1, 2)), linewidth=1.2)
-    _score_range(axes.set_ylim, axes.get_ylim, names, scores)
+    if _ranks(labels) and min(scores[n][:, 1].min() for n in labels) > 0:
+        _log_axis(axes)
+    else:
+        axes.set_ylim(*_range(labels, scores))
     axes.legend(loc="best", handlelength=1.2)
     _step_axis(axes)
 
 
-def _dots(axes, theme: Theme, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
+def _dots(axes, theme: Theme, labels: Mapping[str, str], scores: Mapping[str, np.ndarray]) -> None:
     """Scores of a single evaluation: a dot with its interval each, a tick where chance lies."""
-    names = list(reversed(names))
+    names = list(reversed(labels))
     for y, name in enumerate(names):
         value = scores[name][-1, 1]
         low, high = (scores[f"{name}/{end}"][-1, 1] if f"{name}/{end}" in scores else value for end in ("ci_low", "ci_high"))
-        axes.plot([low, high], [y, y], color=theme.lines[0], alpha=0.45, linewidth=4, solid_capstyle="round")
+        axes.plot([low, high], [y, y], color=theme.lines[0], alpha=0.4, linewidth=4, solid_capstyle="round")
         axes.plot(value, y, "o", color=theme.lines[0], markersize=5.5)
-        axes.annotate(series.short(value), (value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(series.short(value), (high, y), (8, 0), textcoords="offset points", va="center", fontsize=8)
         if f"{name}/chance" in scores:
-            axes.plot(scores[f"{name}/chance"][-1, 1], y, "|", color=theme.lines[1], markersize=13, markeredgewidth=2,
-                      label="chance" if y == 0 else None)
-    axes.set_yticks(range(len(names)), [series.spell(n.rpartition("/")[2]) for n in names])
-    axes.set_ylim(-0.5, len(names) - 0.3)
+            axes.plot(scores[f"{name}/chance"][-1, 1], y, "|", color=theme.lines[1], markersize=10, markeredgewidth=2)
+    axes.set_yticks(range(len(names)), [labels[n] for n in names])
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.tick_params(axis="y", labelcolor=theme.ink)
     axes.grid(axis="y", visible=False)
-    _score_range(axes.set_xlim, axes.get_xlim, names, scores)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0, handletextpad=0.2)
-    axes.set_xlabel(f"at step {int(scores[names[0]][-1, 0]):,}")
+    if _ranks(names):
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+        axes.set_xlim(0.8, 2.5 * axes.get_xlim()[1])
+    else:
+        low, high = _range(names, scores)
+        axes.set_xlim(low, high * 1.13)
+        if high < 1.1:
+            axes.set_xticks(np.arange(6) / 5)
+    tick = "; orange: chance" if any(f"{n}/chance" in scores for n in names) else ""
+    axes.set_xlabel(f"at step {int(scores[names[0]][-1, 0]):,}{tick}")
 
 
-def _score_range(set_limits, get_limits, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
-    """Shares are shown from 0 to 1, other scores from 0."""
-    top = max((scores[n][:, 1].max() for n in names), default=1)
-    shares = top <= 1 and not any(n.endswith("_rank") for n in names)
-    set_limits(-0.02 if shares else 0, 1.02 if shares else get_limits()[1] * 1.03)
+def _ranks(names: Iterable[str]) -> bool:
+    return any(n.endswith("_rank") for n in names)
+
+
+def _range(names: Iterable[str], scores: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Shares are shown from 0 to 1, other scores from 0 to a little above the best."""
+    shown = [scores[k][:, 1] for n in names for k in (n, f"{n}/ci_high", f"{n}/chance") if k in scores]
+    finite = np.concatenate(shown)
+    top = finite[np.isfinite(finite)].max(initial=0)
+    return (-0.02, 1.02) if top <= 1 else (0.0, 1.05 * top)
+
+
+def _log_axis(axes) -> None:
+    axes.set_yscale("log")
+    _plain_log(axes.yaxis)
+
+
+def _plain_log(axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _step_axis(axes) -> None:
@@ -129,5 +158,6 @@ def _running_mean(value: np.ndarray) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
-def _cycle(theme: Theme, count: int) -> list[str]:
-    return [theme.lines[i % len(theme.lines)] for i in range(count)]
+def _styles(theme: Theme, count: int) -> list[tuple[str, str]]:
+    """(colour, dashes) of each line: from the fourth on colour alone might not tell them apart."""
+    return [(theme.lines[i % len(theme.lines)], "-" if i < 3 else "--") for i in range(count)]

@@ -31,8 +31,10 @@ def draw_similarity(similarity: Mapping[str, Any], theme: Theme) -> bytes:
         axes = figure.add_axes((text / width, margin / height, columns * cell / width, rows * cell / height))
         colours = LinearSegmentedColormap.from_list("similarity", theme.ramp)
         finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
-        axes.imshow(values, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+        digits = 2 if high - low >= 0.1 else 3 if high - low >= 0.01 else 4
+        span = max(high - low, 0.05)                        # what is nearly equal shall look so
+        axes.imshow(values, cmap=colours, vmin=low, vmax=low + span, aspect="auto")
         axes.grid(visible=False)
         for side in axes.spines.values():
             side.set_visible(False)
@@ -42,10 +44,10 @@ def draw_similarity(similarity: Mapping[str, Any], theme: Theme) -> bytes:
         for r in range(rows):
             best = values[r] == np.nanmax(values[r]) if np.isfinite(values[r]).any() else np.zeros(columns, bool)
             for c in range(columns):
-                shade = np.array(colours((values[r, c] - low) / max(high - low, 1e-6))[:3])
-                axes.text(c, r, f"{values[r, c]:.2f}".replace("-", "\u2212"), ha="center", va="center", fontsize=7.5,
+                shade = colours((values[r, c] - low) / span)
+                axes.text(c, r, f"{values[r, c]:.{digits}f}".replace("-", "\u2212"), ha="center", va="center", fontsize=7.5,
                           fontweight="bold" if best[c] else "normal",
-                          color="#10161f" if shade @ (0.3, 0.59, 0.11) > 0.5 else "#ffffff")
+                          color="#0b0f15" if _luminance(shade) > 0.2 else "#ffffff")
             if r < columns:
                 axes.add_patch(Rectangle((r - 0.46, r - 0.46), 0.92, 0.92, fill=False, edgecolor=theme.lines[1], linewidth=1.8))
         for c, image in enumerate(images):
@@ -63,11 +65,11 @@ def draw_neighbours(neighbours: Sequence[Mapping[str, Any]], theme: Theme) -> by
     """
     side, text, gap, line = 1.15, 2.7, 0.16, 1.5
     columns = max(len(n["images"]) for n in neighbours)
-    width, height = text + columns * (side + gap) + gap, len(neighbours) * line + 0.15
+    width, height = text + columns * (side + gap) + gap, len(neighbours) * line + 0.25
 
     def draw(figure: Figure, theme: Theme) -> None:
         for r, n in enumerate(neighbours):
-            y = height - (r + 1) * line
+            y = height - 0.1 - (r + 1) * line
             figure.text(0.15 / width, (y + 0.3 + side / 2) / height, _wrap(n["query"], 34, 5), va="center", fontsize=9)
             for c, (image, score, right) in enumerate(zip(n["images"], n["scores"], n["right"])):
                 x = text + c * (side + gap)
@@ -84,21 +86,21 @@ def draw_captions(captions: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
 
     Each of ``captions``: ``image`` uint8 [h,w,3], ``generated``, ``reference`` strings, ``ok`` boolean.
     """
-    columns, side, cell, gap = min(4, len(captions)), 1.5, 3.05, 0.2
-    line = 2.85
-    height, width = -(-len(captions) // columns) * line + gap, columns * cell + gap
+    columns, side, gap, below = min(4, len(captions)), 2.5, 0.28, 1.45
+    rows = -(-len(captions) // columns)
+    width, height = columns * (side + gap) + gap, rows * (side + below) + gap
 
     def draw(figure: Figure, theme: Theme) -> None:
         for i, item in enumerate(captions):
-            x, y = gap + i % columns * cell, height - gap - i // columns * line - side
+            x, y = gap + i % columns * (side + gap), height - gap - i // columns * (side + below) - side
             colour = theme.good if item["ok"] else theme.bad
             _show(figure.add_axes((x / width, y / height, side / width, side / height)), item["image"], colour)
-            text = _wrap(item["generated"], 40, 3)
-            figure.text((x + side + 0.12) / width, (y + side - 0.02) / height, "\u2713 right" if item["ok"] else "\u2717 wrong",
-                        va="top", fontsize=9, fontweight="bold", color=colour)
-            figure.text(x / width, (y - 0.1) / height, text, va="top", fontsize=8.5)
-            figure.text(x / width, (y - 0.18 - 0.175 * (text.count("\n") + 1)) / height,
-                        _wrap("ref: " + item["reference"], 44, 3), va="top", fontsize=7.5, color=theme.quiet)
+            text = _wrap(item["generated"], 36, 3)
+            figure.text(x / width, (y - 0.1) / height, "\u2713 right" if item["ok"] else "\u2717 wrong", va="top", fontsize=8.5,
+                        fontweight="bold", color=colour)
+            figure.text(x / width, (y - 0.29) / height, text, va="top", fontsize=8.5)
+            figure.text(x / width, (y - 0.36 - 0.165 * (text.count("\n") + 1)) / height,
+                        _wrap("ref: " + item["reference"], 42, 3), va="top", fontsize=7.5, color=theme.quiet)
 
     return render(draw, theme, width, height)
 
@@ -110,6 +112,12 @@ def _show(axes, image: np.ndarray, frame: str | None = None) -> None:
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set(visible=frame is not None, color=frame or "none", linewidth=2.5)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2): near 0.18, black and white text read equally well."""
+    rgb = np.asarray(colour[:3])
+    return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
 
 
 def _wrap(text: str, columns: int, lines: int) -> str:

@@ -73,16 +73,26 @@ def read_scores(scores: Mapping[str, Any]) -> dict[str, list[Score]]:
     return out
 
 
-def score_panels(names: Iterable[str]) -> dict[str, list[str]]:
-    """Score names by panel: one for each evaluation (and direction) and scale; counts are left out."""
-    panels: dict[str, list[str]] = {}
-    for name in names:
+def score_panels(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Panel title -> {score name: label}. Shares have a panel for each evaluation (and direction), ranks one for
+    each evaluation, CIDEr-D one for all; counts are left out."""
+    panels: dict[str, dict[str, str]] = {}
+    names = list(names)
+    order = list(dict.fromkeys(n.partition("/")[0] for n in names))
+    for name in sorted(names, key=lambda n: (order.index(n.partition("/")[0]), n.endswith("_rank"))):
         head, _, tail = name.rpartition("/")
         if tail in COUNTS or not head:
             continue
-        head = head.removesuffix("/facts")
-        kind = " ranks" if tail.endswith("_rank") else " CIDEr-D" if tail.startswith("CIDEr") else ""
-        panels.setdefault(f"{spell(head)}{kind}", []).append(name)
+        first, _, middle = head.partition("/")
+        if tail.endswith("_rank"):
+            title, label = f"{spell(first)}, ranks", f"{middle}_{tail.removesuffix('_rank')}"
+        elif tail.startswith("CIDEr"):
+            title, label = tail, head
+        elif middle == "facts":
+            title, label = spell(first), f"facts: {tail}"
+        else:
+            title, label = spell(head), tail
+        panels.setdefault(title, {})[name] = spell(label)
     return panels
 
 
@@ -92,9 +102,9 @@ def spell(name: str) -> str:
 
 
 def short(value: float) -> str:
-    """A number in about four figures."""
-    if value is None or math.isnan(value):
+    """A number in about three figures."""
+    if not math.isfinite(value):
         return "\u2013"
-    if value == int(value) and abs(value) < 1e7 and abs(value) > 1:
+    if value == int(value) and 1 < abs(value) < 1e7:
         return f"{int(value):,}"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -16,7 +16,8 @@ DPI = 150
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """``lines``: the palette of Okabe and Ito (2008), told apart under every colour-vision deficiency."""
+    """``lines``: after Okabe and Ito (2008); the first three are told apart under every colour-vision deficiency,
+    further lines are dashed as well."""
     paper: str
     ink: str
     quiet: str
@@ -31,7 +32,7 @@ LIGHT = Theme("#ffffff", "#1c2430", "#5d6878", "#e4e8ee", "#0072b2", "#c2500a",
               ("#0072b2", "#d55e00", "#009e73", "#b3609a", "#b88300", "#3a92c9", "#444c58"),
               ("#f6f8fb", "#8fc0e0", "#084a7c"))
 DARK = Theme("#161b22", "#e4e9f0", "#98a4b5", "#2a323d", "#6cb8f0", "#ff9a5c",
-             ("#62b0ea", "#f08a4b", "#35c79a", "#e08fc4", "#e6b422", "#9bd0ff", "#c3cbd6"),
+             ("#5aa5f5", "#f08a4b", "#7de8c8", "#e08fc4", "#e6b422", "#9bd0ff", "#c3cbd6"),
              ("#1b222c", "#1f6fa8", "#c9e8ff"))
 
 

@@ -22,7 +22,7 @@ from vlm_jax.nn.linear import ProjectionHead
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.pool import AttentionPooler
 from vlm_jax.nn.unit import unit
-from vlm_jax.system import Batch, Context, Output, System, Variables
+from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key
 
 IMAGE_TOWERS = {"vit": (vit.ViT, vit.VARIANTS), "resnet": (resnet.ModifiedResNet, resnet.VARIANTS)}
 TEXT_TOWERS = ("transformer", "cbow")
@@ -61,13 +61,13 @@ class Clip(nn.Module):
             self.logit_bias = self.param("logit_bias", nn.with_logical_partitioning(
                 nn.initializers.constant(self.bias), ()), (), jnp.float32)
 
-    def image_features(self, image: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """image [b, h, w, 3] -> (tokens [b, n, width], unit vector [b, embed])."""
+    def image_features(self, image: jax.Array, train: bool = False, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """image [b, h, w, 3] -> (tokens [b, n, width], unit vector [b, embed]). ``key``: of dropped patches."""
         image = normalise(image, self.mean, self.std)
         if isinstance(self.image, resnet.ModifiedResNet):
             pooled = self.image(image, train)
             return pooled[:, None], unit(pooled)
-        tokens = self.image(image)
+        tokens = self.image(image, key)
         pooled = {"class": lambda: tokens[:, 0], "mean": lambda: tokens.mean(1),
                   "attention": lambda: self.image_pooler(tokens)[:, 0]}[self.image_pool]()
         return tokens, unit(self.image_head(pooled))
@@ -77,8 +77,8 @@ class Clip(nn.Module):
         states, pooled = self.text(ids, mask)
         return states, unit(self.text_head(pooled))
 
-    def encode_image(self, image: jax.Array, train: bool = False) -> jax.Array:
-        return self.image_features(image, train)[1]
+    def encode_image(self, image: jax.Array, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+        return self.image_features(image, train, key)[1]
 
     def encode_text(self, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         return self.text_features(ids, mask)[1]
@@ -152,7 +152,7 @@ def build(config: Any) -> System:
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         def towers(rows, index):
-            image, moved = model.apply(variables, rows["image"], context.train, method=Clip.encode_image, mutable=["batch_stats"])
+            image, moved = model.apply(variables, rows["image"], context.train, drop_key(context, index), method=Clip.encode_image, mutable=["batch_stats"])
             text = model.apply(variables, rows["text"], rows["text_mask"], method=Clip.encode_text)
             return image, text, moved
 
@@ -162,7 +162,7 @@ def build(config: Any) -> System:
         else:
             (image, text), moved = chunked(lambda r, i: towers(r, i)[:2], microbatch)(rows), {}
         scale, bias = model.apply(variables, method=Clip.temperature)
-        ids = dict(image_id=batch.get("image_id"), text_id=batch.get("caption_id"),
+        ids = dict(image_id=batch.get("image_id"), caption_id=batch.get("caption_id"),
                    duplicates=options["duplicates"], chunk=options["chunk"])
         if options["kind"] == "sigmoid":
             con, metrics = sigmoid(image, text, scale, bias, **ids)

@@ -24,7 +24,7 @@ from vlm_jax.nn.norm import Norm
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.pool import AttentionPooler
 from vlm_jax.nn.unit import unit
-from vlm_jax.system import Batch, Context, Output, System, Variables
+from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key
 
 POOLERS = ("cascade", "parallel", "open_clip")
 
@@ -57,9 +57,9 @@ class CoCa(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.with_logical_partitioning(
             nn.initializers.constant(math.log(self.scale)), ()), (), jnp.float32)
 
-    def encode_image(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """image [b, h, w, 3] -> (unit vector [b, embed], image memory [b, m, width])."""
-        tokens = self.image(normalise(image, self.mean, self.std))
+    def encode_image(self, image: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """image [b, h, w, 3] -> (unit vector [b, embed], image memory [b, m, width]). ``key``: of dropped patches."""
+        tokens = self.image(normalise(image, self.mean, self.std), key)
         memory = self.caption_pooler(tokens)
         if self.pooler == "open_clip":
             memory = self.memory_norm(memory)
@@ -155,7 +155,7 @@ def build(config: Any) -> System:
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         def forward(rows, index):
-            image, memory = model.apply(variables, rows["image"], method=CoCa.encode_image)
+            image, memory = model.apply(variables, rows["image"], drop_key(context, index), method=CoCa.encode_image)
             text, states = model.apply(variables, rows["text"], rows["text_mask"], method=CoCa.encode_text)
             out = {"image": image, "text": text}
             if wanted(weights, "cap"):
@@ -170,7 +170,7 @@ def build(config: Any) -> System:
         if wanted(weights, "con"):
             terms["con"], accuracy = contrastive(
                 out["image"], out["text"], scale, duplicates=options["duplicates"], image_id=batch.get("image_id"),
-                text_id=batch.get("caption_id"), directions=options["directions"], chunk=options["chunk"])
+                caption_id=batch.get("caption_id"), directions=options["directions"], chunk=options["chunk"])
             metrics |= accuracy
         if wanted(weights, "cap"):
             nll, count, correct = (x.sum() for x in out["cap"])

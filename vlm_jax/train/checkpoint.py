@@ -335,7 +335,7 @@ class Checkpointer:
         if self._good is None:
             self.latest_good()
         if step <= max(self._good, default=-1):
-            raise ValueError(f"step {step} is not newer than the good checkpoint {self.directory / str(max(self._good))}")
+            raise ValueError(f"step {step} is not newer than the good checkpoint {self.directory}/{max(self._good)}")
         flat = {path: _storable(path, leaf) for path, leaf in flatten(state).items()}
         content = {"format": FORMAT, "step": int(step), "leaves": {p: _describe(x) for p, x in flat.items()},
                    "extra": json.loads(json.dumps(extra))}

@@ -1,0 +1,32 @@
+"""Tiny stages of the real configs, shared by the tests so that compiled programs are shared too."""
+
+import importlib.util
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def config(name, arg=""):
+    """The config of configs/<name>.py:<arg>, unlocked."""
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def tiny(name, **data):
+    """The embedded preset of a family with towers of width 32: a step takes milliseconds."""
+    whole = config(name)
+    stage = whole.stages.pretrain
+    for tower in ("image", "text", "decoder"):
+        if tower in stage.model:
+            with stage.model[tower].unlocked():
+                stage.model[tower].update(width=32, heads=2, mlp_dim=64, layers=2)
+    if "poolers" in stage.model:
+        stage.model.poolers.update(queries=4, heads=2)
+    stage.model.embed = 16
+    stage.data.update(batch=8, **data)
+    stage.optim.warmup = "25%"
+    stage.evals = {}
+    stage.steps = 8
+    return whole
