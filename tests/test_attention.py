@@ -117,7 +117,7 @@ def reference_kernel(q, k, v, segments, causal):
     return attend_xla(*back, same, causal).transpose(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("q_len, kv_len, causal", [(5, 7, "none"), (8, 8, "none"), (7, 7, "causal"), (9, 4, "none")])
+@pytest.mark.parametrize("q_len, kv_len, causal", [(5, 7, "none"), (7, 7, "causal"), (9, 4, "none")])
 def test_padding_to_the_block_changes_nothing(q_len, kv_len, causal):
     args = qkv(q=q_len, k=kv_len)
     def run(fn):
@@ -167,13 +167,12 @@ def layer(**fields):
     return model, jax.tree.map(lambda p: jnp.asarray(0.3 * draw.normal(size=p.shape), F32), shapes), x
 
 
-@pytest.mark.parametrize("index", [0, "vector"])
-@pytest.mark.parametrize("qk_norm", ["none", "rms"])
+@pytest.mark.parametrize("index, qk_norm", [("scalar", "rms"), ("vector", "none")])
 def test_cache_equals_the_whole_sequence(index, qk_norm):
     model, params, x = layer(causal="causal", qk_norm=qk_norm)
     whole, _ = jax.jit(model.apply)(params, x)
     cache = {"key": jnp.ones((2, 9, 4, 4)), "value": jnp.full((2, 9, 4, 4), 1e9)}   # what is not written must not be seen
-    at = (lambda n: n) if index == 0 else (lambda n: jnp.array([n, n]))
+    at = (lambda n: n) if index == "scalar" else (lambda n: jnp.array([n, n]))
     step = jax.jit(lambda x, cache, at: model.apply(params, x, cache=cache, index=at))
     first, cache = step(x[:, :3], cache, at(0))
     rest = []
@@ -213,7 +212,7 @@ def test_one_product_for_self_attention():
 def test_qk_norm_has_a_gain_for_each_head_and_ignores_scale():
     model, params, x = layer(qk_norm="rms", use_bias=False)
     assert params["params"]["gain"].shape == (4,)
-    fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), x))["params"]
+    fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0, impl="unsafe_rbg"), x))["params"]
     np.testing.assert_array_equal(fresh["gain"], 1.5)
     louder = jax.tree.map(lambda p: p, params)
     louder["params"]["query"] = {"kernel": 50 * params["params"]["query"]["kernel"]}
@@ -231,5 +230,5 @@ def test_qk_norm_has_a_gain_for_each_head_and_ignores_scale():
 ])
 def test_errors_name_field_value_and_nearest(fields, words):
     with pytest.raises(ValueError) as error:
-        Attention(16, **fields).init(jax.random.key(0), jnp.zeros((1, 3, 16)))
+        jax.eval_shape(Attention(16, **fields).init, jax.random.key(0), jnp.zeros((1, 3, 16)))
     assert all(word in str(error.value) for word in words)

@@ -43,7 +43,8 @@ def count(model, *shapes, dtype=jnp.float32):
 
 def count_text(variant, embed, vocab=49408, length=77, **fields):
     sizes = text.VARIANTS[variant]
-    return count(TextTransformer(vocab, length, **sizes, **fields), (1, length), dtype=jnp.int32) + count(ProjectionHead(embed), (1, sizes["width"]))
+    tower = count(TextTransformer(vocab, length, **sizes, **fields), (1, length), dtype=jnp.int32)
+    return tower + count(ProjectionHead(embed), (1, sizes["width"]))
 
 
 def count_vit(variant, **fields):
@@ -163,7 +164,7 @@ def test_resnet_statistics_move_only_in_training():
 def test_resnet_residuals_start_closed():
     x = jnp.abs(draw(1, 4, 4, 16))
     model = resnet.Bottleneck(4)
-    np.testing.assert_array_equal(jax.jit(lambda: model.init_with_output(jax.random.key(0), x)[0])(), x)
+    np.testing.assert_array_equal(jax.jit(lambda: model.init_with_output(jax.random.key(0, impl="unsafe_rbg"), x)[0])(), x)
 
 
 def test_text_is_causal():
@@ -271,8 +272,10 @@ def test_caption_logits_are_causal(coca):
 
 def test_memory_mask_hides_memory(coca):
     *_, params, logits = coca
-    memory, mask = draw(3, 5, 12), jnp.arange(5) < 3
-    close(logits(params, IDS, memory, jnp.broadcast_to(mask, (3, 5)))[1], logits(params, IDS, memory[:, :3])[1])
+    memory, mask = draw(3, 5, 12), jnp.broadcast_to(jnp.arange(5) < 3, (3, 5))
+    _, out = logits(params, IDS, memory, mask)
+    np.testing.assert_array_equal(logits(params, IDS, memory.at[:, 3:].set(7.0), mask)[1], out)
+    assert np.abs(logits(params, IDS, memory.at[:, :3].set(7.0), mask)[1] - out).max() > 1e-3
 
 
 def test_vocab_matrix_gives_the_logits(coca):
@@ -283,10 +286,9 @@ def test_vocab_matrix_gives_the_logits(coca):
     close(states @ matrix, upper.apply(params["upper"], states, method="logits"))
 
 
-@pytest.mark.parametrize("prompt", [1, 3])
-def test_cached_decoding_equals_uncached(coca, prompt):
+def test_cached_decoding_equals_uncached(coca):
     lower, upper, params, logits = coca
-    ids, memory = jnp.asarray(np.random.default_rng(1).integers(1, 32, (2, 8))), draw(2, 5, 12)
+    ids, memory, prompt = jnp.asarray(np.random.default_rng(1).integers(1, 32, (3, 8)), jnp.int32), draw(3, 5, 12), 3
     _, whole = logits(params, ids, memory)
 
     @jax.jit
@@ -295,7 +297,7 @@ def test_cached_decoding_equals_uncached(coca, prompt):
         states, up = upper.apply(params["upper"], states, caches[1], index, memory, method="extend")
         return upper.apply(params["upper"], states, method="logits"), (low, up)
 
-    caches = lower.init_cache(2, 8), upper.init_cache(2, 8, 5)
+    caches = lower.init_cache(3, 8), upper.init_cache(3, 8, 5)
     out, caches = extend(ids[:, :prompt], caches, 0, memory)
     steps = [out]
     for t in range(prompt, 8):

@@ -30,3 +30,14 @@ def tiny(name, **data):
     stage.evals = {}
     stage.steps = 8
     return whole
+
+
+def get_config(arg=""):
+    """``--config=tests/tiny.py:coca``: the same, for runs in processes of their own."""
+    whole = tiny(arg or "coca")
+    stage = whole.stages.pretrain
+    stage.data.prefetch = 2
+    stage.checkpoint.every = 2
+    stage.log.every = 1
+    stage.evals = dict(retrieval=dict(kind="retrieval", examples=16, batch=8, every=0))
+    return whole

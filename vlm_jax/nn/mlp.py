@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,16 +34,17 @@ class Mlp(nn.Module):
     use_bias: bool = True
     init_scheme: str = "torch"
     depth: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known{nearest(self.activation, tuple(ACTIVATIONS))}")
         width = x.shape[-1]
-        up = Linear(self.hidden, ("embed", "mlp"), self.use_bias, initializers.kernel(self.init_scheme, "up", width, self.hidden, self.depth),
-                    initializers.bias(self.init_scheme, "up", width), self.dtype, name="up")
-        down = Linear(width, ("mlp", "embed"), self.use_bias, initializers.kernel(self.init_scheme, "down", self.hidden, width, self.depth),
-                      initializers.bias(self.init_scheme, "down", self.hidden), self.dtype, name="down")
+        def linear(role, features, axes, fan_in):
+            return Linear(features, axes, self.use_bias, initializers.kernel(self.init_scheme, role, fan_in, features, self.depth),
+                          initializers.bias(self.init_scheme, role, fan_in), self.dtype, name=role)
+
+        up, down = linear("up", self.hidden, ("embed", "mlp"), width), linear("down", width, ("mlp", "embed"), self.hidden)
         hidden = shard(up(x), "batch", *["length"] * (x.ndim - 2), "act_mlp")
         return down(ACTIVATIONS[self.activation](hidden))

@@ -35,8 +35,8 @@ class AttentionPooler(nn.Module):
         """``mask`` [b, n], True where x is real."""
         query = self.param("query", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("query", "embed")),
                            (self.queries, self.width), jnp.float32)
-        attn = Attention(self.width, self.heads, kv_width=x.shape[-1], use_bias=self.use_bias, qk_norm=self.qk_norm, init_scheme=self.init_scheme,
-                         dtype=self.dtype, name="attn")
+        attn = Attention(self.width, self.heads, kv_width=x.shape[-1], use_bias=self.use_bias, qk_norm=self.qk_norm,
+                         init_scheme=self.init_scheme, dtype=self.dtype, name="attn")
         query = Norm(self.norm, self.eps, name="norm_query")(query.astype(self.dtype))[None]
         query = attn.project_query(query)  # the same for every example: projected once
         keys, values = attn.project_memory(Norm(self.norm, self.eps, name="norm_kv")(x.astype(self.dtype)))

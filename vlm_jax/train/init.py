@@ -62,8 +62,8 @@ def golden(plan: Plan, sizes: Mapping[str, int]) -> str:
     lines = []
     for path, x in sorted({**plan.shapes, **plan.moving}.items()):
         kind = "trained" if path in plan.trainable else "frozen" if path in plan.shapes else "moving"
-        spec = partitioning.spec(plan.axes[path], x.shape, sizes)
-        lines.append(f"{path} {'x'.join(map(str, x.shape)) or 'scalar'} {x.dtype} ({','.join(plan.axes[path])}) {kind} {spec}")
+        spec = ",".join("+".join(a) if isinstance(a, tuple) else a or "-" for a in partitioning.spec(plan.axes[path], x.shape, sizes))
+        lines.append(f"{path} {'x'.join(map(str, x.shape)) or 'scalar'} {x.dtype} ({','.join(plan.axes[path])}) {kind} [{spec}]")
     return "\n".join(lines) + "\n"
 
 
