@@ -37,7 +37,8 @@ def scenes(res):
     small = dict(variant="mini", qk_norm="rms", init_scheme="fan_in")
     return c.stage(
         system="coca",
-        model=dict(image=dict(small, stem="conv", class_token=False, positions="sincos", norms_at=(), positions_at=("input", "output")),
+        model=dict(image=dict(small, stem="conv", class_token=False, positions="sincos", norms_at=("output",),
+                              positions_at=("input", "output")),
                    text=dict(small, positions="sincos", class_mask="exact"),
                    decoder=dict(small),
                    poolers=dict(layout="parallel", queries=32, heads=3, qk_norm="rms", init_scheme="fan_in"),
@@ -54,7 +55,7 @@ def scenes(res):
                    caption_triple=dict(kind="caption", data="scenes:heldout_triple", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
-        steps=1400, checkpoint=dict(every=500, keep=2))
+        steps=1200, checkpoint=dict(every=500, keep=2))
 
 
 def paper(size, res):

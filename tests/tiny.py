@@ -25,7 +25,7 @@ def tiny(name, **data):
     if "poolers" in stage.model:
         stage.model.poolers.update(queries=4, heads=2)
     stage.model.embed = 16
-    stage.data.update(batch=8, **data)
+    stage.data.update({"batch": 8, **data})
     stage.optim.warmup = "25%"
     stage.evals = {}
     stage.steps = 8

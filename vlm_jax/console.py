@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ def amount(n: float, unit: str = "") -> str:
 
 class Console:
     def __init__(self):
-        self.rich = RichConsole(highlight=False)
+        self.rich = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)
@@ -104,7 +105,7 @@ class Console:
         table.add_column("score", no_wrap=True, overflow="ignore")
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("95% interval", justify="right", no_wrap=True)
-        table.add_column("beside")
+        table.add_column("chance and baselines", no_wrap=True, overflow="ellipsis")
         parents = {k: k.rpartition("/")[0] for k in scores if k.rpartition("/")[0] in scores}
         for key, value in scores.items():
             if key in parents:

@@ -95,8 +95,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> str:
-    """absl and ml_collections put the telling line last."""
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    """The line that helps: a config file's own error, or what absl and ml_collections say before their tracebacks."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = text.split("The above exception")[0].split("Traceback (most recent call last)")[0]
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

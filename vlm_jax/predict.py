@@ -24,7 +24,7 @@ def zeroshot(model, args) -> None:
     labels = [x.strip() for x in args.labels.split(",") if x.strip()]
     if len(labels) < 2:
         raise ConfigError(f"--labels={args.labels!r} names {len(labels)} classes; give at least two, separated by commas")
-    weights = evaluation.class_embeddings(model.embed_text, labels, args.templates)
+    weights, _ = evaluation.class_embeddings(model.embed_text, labels, args.templates)
     scale = model.predict["embed"]({"image": model.images(args.inputs[0])})["logit_scale"]
     logits = scale * model.embed_image(args.inputs) @ weights.T
     odds = np.exp(logits - logits.max(1, keepdims=True))

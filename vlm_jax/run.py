@@ -16,6 +16,7 @@ import importlib
 import json
 import pathlib
 import pkgutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -369,6 +370,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             with (folder / "bad_batches.jsonl").open("a") as f:
                 f.write(json.dumps({"step": step, "keys": keys}) + "\n")
 
+        # Readers hold the interpreter for 5 ms by default before the loop may have it back: a step's worth of waiting.
+        sys.setswitchinterval(5e-4)
         try:
             with loop.StopRequest() as stop, console.bar(stage.name, start, total) as progress:
                 state, step = loop.fit(

@@ -45,16 +45,20 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
             raise ConfigError(f"zeroshot: sample {meta.get('key')!r} has label={label}, not one of the "
                               f"{len(names)} classes; nearest: {0 if label is None or label < 0 else len(names) - 1}")
     labels = np.array(labels)
-    patterns = read_templates(templates if isinstance(templates, str) else tuple(templates))
-    prompts = [t.replace("{}", name) for name in names for t in patterns]
-    found, cut = embed_texts(embed, prompts, tokenizer, text_length or images.length, images.rows)
-    weights = normalise(normalise(found).reshape(len(names), len(patterns), -1).mean(axis=1))
+    cut = 0
+
+    def embed_prompts(prompts):
+        nonlocal cut
+        found, cut = embed_texts(embed, prompts, tokenizer, text_length or images.length, images.rows)
+        return found
+
+    weights, prompts = class_embeddings(embed_prompts, names, templates)
 
     ranks, best, similar = rank(images.embeds, weights, labels[:, None])
     counts = np.bincount(labels, minlength=len(names))
     frequent = np.sort(counts)[::-1] / len(labels)
     scores = {"zeroshot/images": float(len(labels)), "zeroshot/classes": float(len(names)),
-              "zeroshot/truncated": cut / len(prompts)}
+              "zeroshot/truncated": cut / prompts}
     for k in (1, 5) if len(names) > 5 else (1,):
         scores |= with_baselines(f"zeroshot/top{k}", (ranks <= k).mean(), k / len(names),
                                  bootstrap.mean_interval(ranks <= k), majority=frequent[:k].sum())
@@ -81,6 +85,15 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         neighbours.append({"query": names[c], "images": [images.thumbnails[i] for i in order],
                            "scores": close[order].tolist(), "right": [bool(labels[i] == c) for i in order]})
     return Evaluation(scores, items, {"neighbours": neighbours})
+
+
+def class_embeddings(embed_text: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: str | Sequence[str]
+                     ) -> tuple[np.ndarray, int]:
+    """(unit vectors [classes, e], number of prompts): per class, its prompts' unit embeddings averaged and normalised."""
+    patterns = read_templates(templates if isinstance(templates, str) else tuple(templates))
+    prompts = [t.replace("{}", name) for name in names for t in patterns]
+    found = normalise(embed_text(prompts)).reshape(len(names), len(patterns), -1)
+    return normalise(found.mean(axis=1)), len(prompts)
 
 
 def normalise(x: np.ndarray) -> np.ndarray:

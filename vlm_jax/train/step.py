@@ -30,7 +30,7 @@ def make_train_step(system: System, tx: optax.GradientTransformation, key: jax.A
             return system.loss(merge(params, state.frozen, state.moving), state.carry, batch, context)
 
         (loss, out), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,175 @@
+"""What CLIP and CoCa promise as systems: one forward, what depends on what, decoding, counts of published sizes."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_step import batch_of, stage_of, weights
+from tests.tiny import config
+from vlm_jax import run
+from vlm_jax.losses.contrastive import contrastive
+from vlm_jax.system import Context
+from vlm_jax.train.state import merge
+
+CONTEXT = Context(jax.random.key(0), jnp.int32(0))
+
+
+@functools.cache
+def coca():
+    stage = stage_of("coca")
+    return stage, merge(weights("coca"), {}, {}), batch_of(stage)
+
+
+def loss_of(stage, variables, batch):
+    return jax.jit(lambda v, b: stage.system.loss(v, {}, b, CONTEXT))(variables, batch)
+
+
+def test_at_the_start_the_loss_is_that_of_guessing():
+    stage = stage_of("clip")
+    value, out = loss_of(stage, merge(weights("clip"), {}, {}), batch_of(stage))
+    # unit vectors at scale 10 are not all at one distance, so "near"
+    assert abs(float(value) - math.log(stage.data.batch)) < 1.0 and set(out.metrics) >= {"con", "scale"}
+    stage, variables, batch = coca()
+    _, out = loss_of(stage, variables, batch)
+    assert abs(float(out.metrics["cap"]) - math.log(stage.tokenizer.vocab_size)) < 1.0
+
+
+def test_one_forward_gives_both_losses():
+    stage, variables, batch = coca()
+    calls = []
+    watched = {("CoCa", "encode_image"), ("CoCa", "encode_text"), ("CoCa", "decode"),
+               ("ViT", "__call__"), ("TextTransformer", "__call__"), ("MultimodalDecoder", "__call__")}
+
+    def count(call, args, kwargs, context):
+        name = (type(context.module).__name__, context.method_name)
+        if name in watched:
+            calls.append(name)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(lambda v, b: stage.system.loss(v, {}, b, CONTEXT)[0], variables, batch)
+    assert sorted(calls) == sorted(watched)
+
+
+def test_the_caption_loss_reaches_every_part_it_should():
+    stage = stage_of("coca", lambda s: s.loss.weights.update(con=0.0))
+    _, variables, batch = coca()
+    grads = jax.jit(jax.grad(lambda v: stage.system.loss(v, {}, batch, CONTEXT)[0]))(variables)["params"]
+    for part in ("image", "caption_pooler", "text", "decoder"):
+        assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(grads[part])), part
+    assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(grads["contrast_pooler"]))
+
+
+def test_weights_of_zero_leave_a_pure_clip_or_a_pure_captioner():
+    stage, variables, batch = coca()
+    both, out = loss_of(stage, variables, batch)
+    con, clip_out = loss_of(stage_of("coca", lambda s: s.loss.weights.update(cap=0.0)), variables, batch)
+    cap, cap_out = loss_of(stage_of("coca", lambda s: s.loss.weights.update(con=0.0)), variables, batch)
+    assert "cap" not in clip_out.metrics and "con" not in cap_out.metrics
+    np.testing.assert_allclose(both, con + cap, rtol=1e-6)
+    np.testing.assert_allclose(both, out.metrics["con"] + 2 * out.metrics["cap"], rtol=1e-6)
+    found = stage.system.predict["embed"](variables, batch)
+    plain, _ = contrastive(found["image_embed"], found["text_embed"], found["logit_scale"])
+    np.testing.assert_allclose(con, plain, rtol=1e-5)
+
+
+def test_text_features_know_no_image_and_captions_do():
+    stage, variables, batch = coca()
+    other = {**batch, "image": batch["image"][::-1].copy()}
+    features, logits = (jax.jit(lambda b, f=f: stage.system.predict[f](variables, b)) for f in ("features", "caption_logits"))
+    embed = jax.jit(lambda b: stage.system.predict["embed"](variables, b))
+    assert np.array_equal(features(batch)["text"], features(other)["text"])
+    assert np.array_equal(embed(batch)["text_embed"], embed(other)["text_embed"])
+    assert np.abs(logits(batch)["logits"] - logits(other)["logits"]).max() > 1e-3
+
+
+def test_caption_logits_are_causal_and_pads_do_not_count():
+    stage, variables, batch = coca()
+    at = 5
+    changed = {**batch, "text": batch["text"].copy()}
+    changed["text"][:, at] = 7
+    logits = jax.jit(lambda b: stage.system.predict["caption_logits"](variables, b)["logits"])
+    assert np.array_equal(logits(batch)[:, :at], logits(changed)[:, :at])
+    assert np.any(logits(batch)[:, at:] != logits(changed)[:, at:])
+    padded = {**batch, "text": np.where(batch["text_mask"], batch["text"], 9)}    # what stands in padding
+    assert float(loss_of(stage, variables, padded)[1].metrics["cap"]) == float(loss_of(stage, variables, batch)[1].metrics["cap"])
+    rows = jax.nn.log_softmax(logits(batch)[:, :-1])
+    nll = -np.take_along_axis(np.asarray(rows), batch["text"][:, 1:, None], 2)[..., 0]
+    mask = batch["text_mask"][:, 1:]
+    np.testing.assert_allclose(loss_of(stage, variables, batch)[1].metrics["cap"], (nll * mask).sum() / mask.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_cached_decoding_equals_whole_forwards(method):
+    stage, variables, batch = coca()
+    options = dict(beams=1) if method == "beam" else {}
+    found = jax.jit(lambda b: stage.system.predict["generate"](variables, b, method=method, max_length=10, **options))(
+        {"image": batch["image"]})["text"]
+    logits = jax.jit(lambda b: stage.system.predict["caption_logits"](variables, b)["logits"])
+    text = np.full((8, stage.data.length), stage.tokenizer.pad_id, np.int32)
+    text[:, 0] = stage.tokenizer.bos_id
+    done = np.zeros(8, bool)
+    for t in range(9):
+        best = np.argmax(logits({"image": batch["image"], "text": text})[:, t], -1)
+        text[:, t + 1] = np.where(done, stage.tokenizer.pad_id, best)
+        done |= best == stage.tokenizer.eos_id
+    assert np.array_equal(found, text[:, :10])
+
+
+def test_extend_gives_the_logits_of_the_whole_text():
+    stage, variables, batch = coca()
+    model, text = stage.system.model, batch["text"]
+    whole = stage.system.predict["caption_logits"](variables, {"image": batch["image"], "text": text})["logits"]
+    _, memory = model.apply(variables, batch["image"], method="encode_image")
+    cache = model.apply(variables, 8, stage.data.length, memory, method="init_cache")
+    first, cache = model.apply(variables, cache, text[:, :3], memory, method="extend")
+    rest, _ = model.apply(variables, cache, text[:, 3:], method="extend")
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, arg, total", [
+    ("clip", "b32", 151_277_313), ("clip", "b16", 149_620_737), ("clip", "l14", 427_616_513), ("clip", "l14_336", 427_944_193),
+    ("clip", "rn50", 102_007_137), ("clip", "rn101", 119_688_033), ("clip", "rn50x4", 178_300_601),
+    ("clip", "rn50x16", 290_979_217), ("clip", "rn50x64", 623_258_305), ("clip", "h14", 986_109_441),
+    ("clip", "g14", 1_366_678_273), ("clip", "bigg14", 2_539_567_105),
+    ("coca", "b32_open", 253_560_065), ("coca", "l14_open", 638_450_177)])
+def test_configs_have_exactly_the_published_parameters(name, arg, total):
+    section = config(name, arg).stages.pretrain
+    section.data.tokenizer = ""
+    assert run.resolve(section, "pretrain").plan.count() == total
+
+
+@pytest.mark.parametrize("arg, millions", [("base", 383), ("large", 787)])
+def test_paper_sizes_without_poolers_and_projections(arg, millions):
+    section = config("coca", arg).stages.pretrain
+    section.model.tokens.update(bos=1, eos=2, pad=0)
+    plan = run.resolve(section, "pretrain").plan
+    count = sum(plan.count(p) for p in ("image/", "text/", "decoder/"))
+    assert abs(count / 1e6 - millions) / millions < 0.002
+
+
+@pytest.mark.parametrize("arg", ["", "text=cbow", "small", "b32", "rn50"])
+def test_every_clip_size_takes_the_cbow_text_tower_or_its_own(arg):
+    section = config("clip", arg).stages.pretrain
+    section.data.tokenizer = ""
+    section.model.tokens.update({k: 500 if k == "vocab" else 1 for k, v in section.model.tokens.items() if v == -1})
+    stage = run.resolve(section, "pretrain")
+    assert ("text/blocks/attn/query/kernel" in stage.plan.shapes) == (arg != "text=cbow")
+
+
+def test_patch_dropout_is_for_training_alone():
+    stage = stage_of("clip", lambda s: s.model.image.update({"patch_dropout": 0.5}))
+    variables, batch = merge(weights("clip"), {}, {}), batch_of(stage)
+    a, b, c = (loss_of_context(stage, variables, batch, context) for context in (
+        CONTEXT, Context(jax.random.key(1), jnp.int32(0)), Context(jax.random.key(1), jnp.int32(0), train=False)))
+    full, _ = loss_of(stage_of("clip"), variables, batch)
+    assert a != b and c == pytest.approx(float(full), rel=1e-6)
+
+
+def loss_of_context(stage, variables, batch, context):
+    return float(jax.jit(lambda v, b: stage.system.loss(v, {}, b, context)[0])(variables, batch))
