@@ -76,10 +76,11 @@ def small(res, text):
                    norm="layernorm", mean=CLIP_MEAN, std=CLIP_STD, scale=1 / 0.07, dtype="auto",
                    tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
-        optim=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule="cosine", warmup=60, clip_norm=1.0,
+        optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.1,
+                   schedule="cosine", warmup="5%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="clip",
-                  augment="random_resized_crop(scale=0.5..1)|color_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)|grayscale", eval_augment="resize|center_crop",
+                  augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)|grayscale(p=0.1)", eval_augment="resize|center_crop",
                   buckets=(16, 20, 24), threads=2, prefetch=4, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)),
         steps=620, checkpoint=dict(every=200, keep=2))
