@@ -49,8 +49,8 @@ def scenes(res):
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
-        evals=dict(retrieval=dict(kind="retrieval", examples=1000),
-                   retrieval_pair=dict(kind="retrieval", data="scenes:heldout_pair", examples=1000),
+        evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),   # free wording
+                   retrieval_pair=dict(kind="retrieval", data="scenes:heldout_pair", examples=1000, options=dict(captions="first")),
                    caption=dict(kind="caption", examples=500),
                    caption_triple=dict(kind="caption", data="scenes:heldout_triple", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),

@@ -129,7 +129,8 @@ def test_extend_gives_the_logits_of_the_whole_text():
     cache = model.apply(variables, 8, stage.data.length, memory, method="init_cache")
     first, cache = model.apply(variables, cache, text[:, :3], memory, method="extend")
     rest, _ = model.apply(variables, cache, text[:, 3:], method="extend")
-    np.testing.assert_allclose(np.concatenate([first, rest], 1), whole, atol=1e-4)
+    real = batch["text_mask"]     # past the end the whole text hides padding, which decoding never writes
+    np.testing.assert_allclose(np.concatenate([first, rest], 1)[real], np.asarray(whole)[real], atol=1e-4)
 
 
 @pytest.mark.parametrize("name, arg, total", [

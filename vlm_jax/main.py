@@ -70,6 +70,9 @@ def check_platform(wanted: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-help", "-h", "--helpfull"} & set(argv):
+        print(__doc__.strip(), "", FLAGS.main_module_help(), sep="\n")
+        return 0
     try:
         try:
             rest = FLAGS(argv)
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             if config is None:
                 raise ConfigError("--config is missing; start with --config=configs/coca.py")
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise error if isinstance(error, ConfigError) else ConfigError(explain(error)) from error
+            raise ConfigError(explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
         check_platform(PLATFORM.value)
@@ -95,15 +98,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> str:
-    """The line that helps: a config file's own error, or what absl and ml_collections say before their tracebacks."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
+    """The line that helps, of what absl and ml_collections say around a config file's own error."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    text = text.split("The above exception")[0].split("Traceback (most recent call last)")[0]
-    return " ".join(text.split())
+    told = re.findall(r"ConfigError: (.*)", text)     # a config file's traceback is part of their message
+    text = told[-1] if told else text.split("The above exception")[0].split("Traceback (most recent call last)")[0]
+    return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
 
 
 if __name__ == "__main__":

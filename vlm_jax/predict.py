@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in args.inputs:
             if not pathlib.Path(path).exists():
                 raise ConfigError(f"{path!r} does not exist")
-        from vlm_jax.load import load
+        from vlm_jax.loading import load
         TASKS[args.task](load(args.directory), args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -44,7 +44,7 @@ class Scenes:
 
     def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str]):
         self.split, self.size, self.count = split, size, count
-        self.canonical_share, self.views = canonical_share, tuple(views)
+        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{split}"
         if split == "objects":
             self.classes = list(CLASSES)
 
@@ -56,9 +56,12 @@ class Scenes:
             raise IndexError(f"scenes:{self.split} has no sample {i}; it has {self.count}")
         return make_scene(i, self.split)
 
+    def key(self, i: int) -> str:
+        return f"{self.split}/{i:08d}"
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene = self.scene(i)
-        sample: dict[str, Any] = {"key": f"{self.split}/{i:08d}", "image": render(scene, self.size)}
+        sample: dict[str, Any] = {"key": self.key(i), "image": render(scene, self.size)}
         if self.split == "train":
             sample["text"] = [caption(scene, canonical_share=self.canonical_share)]
         else:

@@ -16,10 +16,11 @@ from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank, 
 
 KS = (1, 5, 10)
 DUPLICATES = ("wrong", "right")
+CAPTIONS = ("all", "first")
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
-             source: Any = None, prompt: str = "{}", duplicates: str = "wrong", text_length: int = 0,
+             source: Any = None, prompt: str = "{}", captions: str = "all", duplicates: str = "wrong", text_length: int = 0,
              queries: int = 6, shown: int = 12) -> Evaluation:
     """Ranks by cosine, features computed once; the protocol of COCO and Flickr30k (CLIP, section 3.1).
 
@@ -31,6 +32,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         predict: needs "embed".
         batches: host batches with ``image`` and ``meta`` (``captions``, ``key``, ``index``).
         prompt: wraps each caption; "{}" leaves it as it is.
+        captions: of an image that has several, "all" count, or the "first" alone.
         duplicates: a caption that another image has word for word is "wrong" for it (the standard
             protocol, whose ceiling the score ``retrieval/duplicates``, their share, explains), or "right".
         text_length: ids per text; 0 takes the batches'.
@@ -44,9 +46,12 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     embed = needs(predict, "embed", "retrieval")
     if duplicates not in DUPLICATES:
         raise ConfigError(f"retrieval duplicates={duplicates!r} is not known{nearest(duplicates, DUPLICATES)}")
+    if captions not in CAPTIONS:
+        raise ConfigError(f"retrieval captions={captions!r} is not known{nearest(captions, CAPTIONS)}")
     images = embed_images(embed, batches)
-    captions = [c for m in images.meta for c in m.get("captions") or ()]
-    owner = np.array([i for i, m in enumerate(images.meta) for _ in m.get("captions") or ()], np.int64)
+    own = [list(m.get("captions") or ())[:1 if captions == "first" else None] for m in images.meta]
+    captions = [c for mine in own for c in mine]
+    owner = np.array([i for i, mine in enumerate(own) for _ in mine], np.int64)
     missing = np.setdiff1d(np.arange(len(images.meta)), owner)
     if len(missing):
         raise ConfigError(f"retrieval needs captions; sample {images.meta[missing[0]].get('key')!r} has none "

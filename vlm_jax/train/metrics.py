@@ -24,7 +24,7 @@ class MetricsLog:
             fresh = self.path.with_suffix(".tmp")
             fresh.write_text("".join(json.dumps(r) + "\n" for r in rows))
             os.replace(fresh, self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", buffering=1)    # a row at a time, for whoever watches
         self.sinks = []
         if tensorboard:
             from tensorboardX import SummaryWriter
