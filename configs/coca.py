@@ -5,7 +5,7 @@ python -m vlm_jax.main --config=configs/coca.py
     What it reaches is in docs/results.md.
 python -m vlm_jax.main --config=configs/coca.py:base --config.stages.pretrain.data.train='tars:gs://bucket/{00000..41455}.tar' \\
     --config.stages.pretrain.data.eval=tars:... --config.stages.pretrain.data.tokenizer=sentencepiece:/path/64k.model
-    A size of the paper (base, large, 2b) or of open_clip (b32_open, l14_open) on your own pairs.
+    A size of the paper (base, large, 2b) or of open_clip (b32_open, l14_open) on your own pairs; ``small`` for few of them.
 """
 
 from vlm_jax import config as c
@@ -22,15 +22,21 @@ MAX_SCALE = 4.605170185988092   # ln 100
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *PAPER, *OPEN), res=0)
-    pretrain = scenes(args.res or 48) if args.size == "scenes" else \
-        paper(args.size, args.res or 288) if args.size in PAPER else open_clip(args.size, args.res or 224)
+    args = c.parse_arg(arg, size=("scenes", "small", *PAPER, *OPEN), res=0)
+    if args.size == "scenes":
+        pretrain = scenes(args.res or 48)
+    elif args.size == "small":
+        pretrain = small(args.res or 64)
+    elif args.size in PAPER:
+        pretrain = paper(args.size, args.res or 288)
+    else:
+        pretrain = open_clip(args.size, args.res or 224)
     return c.stages(("pretrain",), pretrain=pretrain)
 
 
 def evals(source):
-    return dict(retrieval=dict(kind="retrieval", data=source, examples=1000, every=0),
-                caption=dict(kind="caption", data=source, examples=500, every=0))
+    return dict(retrieval=dict(kind="retrieval", data=source, examples=1000),
+                caption=dict(kind="caption", data=source, examples=500))
 
 
 def scenes(res):
@@ -56,6 +62,22 @@ def scenes(res):
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
         steps=1200, checkpoint=dict(every=500, keep=2))
+
+
+def small(res):
+    """The embedded preset a little larger, for a few thousand captioned pictures of one's own (with a tokenizer of their own)."""
+    stage = scenes(res)
+    few = dict(width=128, heads=4, layers=3, mlp_dim=384)
+    for tower in ("image", "text", "decoder"):
+        stage["model"][tower].update(few)
+    stage["model"]["poolers"]["heads"] = 4
+    stage["model"].update(mean=CLIP_MEAN, std=CLIP_STD)
+    stage["data"].update(train="", eval="", tokenizer="", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
+                         eval_augment="resize|center_crop", threads=2)
+    stage["loss"]["duplicates"] = "positives"
+    stage["optim"]["muon_lr"] = 0.05
+    stage["evals"] = evals("")
+    return stage
 
 
 def paper(size, res):

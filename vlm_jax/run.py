@@ -4,6 +4,7 @@
                        /tokenizer/       so that the directory is complete in itself
                        /metrics.jsonl    rows by step
                        /checkpoints/     Orbax, with manifests
+                       /frozen/          parameters that do not train, once
                        /report/          curves, pictures, index.html
                        /DONE             the last step and its scores
 """
@@ -254,13 +255,15 @@ def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mappi
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All leaves a model needs (parameters and statistics) from a stage's newest good checkpoint; the
     averaged weights where there are some. Raises ConfigError."""
-    def read(*collections):
+    def read(collection):
         try:
-            return checkpoint.load_params(folder / "checkpoints", collections=collections)
+            return checkpoint.load_params(folder / "checkpoints", collections=(collection,))
         except ValueError:      # nothing stored under that name
             return {}
     try:
-        leaves = {**read("params"), **read("frozen"), **read("moving"), **read("ema")}
+        leaves = {**read("params"), **read("moving"), **read("ema")}
+        if (folder / "frozen").exists():
+            leaves |= checkpoint.load_params(folder / "frozen", collections=("frozen",))
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from error
     return leaves
@@ -313,8 +316,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         for step, reason in skipped:
             console.say(f"checkpoint {step} is left out: {reason}")
         key = jax.random.key(stage.config.seed)
-        if start is None and skipped:
-            raise ConfigError(f"every checkpoint in {folder / 'checkpoints'} is unusable; training anew would overwrite them: "
+        if start is None and any(reason.startswith("damaged") for _, reason in skipped):   # not merely unfinished
+            raise ConfigError(f"every checkpoint in {folder / 'checkpoints'} is damaged; training anew would overwrite them: "
                               "move that folder away first")
         if start is None:
             start = 0
@@ -324,7 +327,11 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
                                    f"stages.{stage.name}.init")
             state = init.create(stage.system, stage.plan, tx, mesh, jax.random.fold_in(key, 0), stage.spec, given, opt.ema)
         else:
-            state, _ = keeper.restore(start, init.abstract(stage.system, stage.plan, tx, mesh, opt.ema))
+            abstract = init.abstract(stage.system, stage.plan, tx, mesh, opt.ema)
+            state, _ = keeper.restore(start, abstract.replace(frozen={}))
+            if abstract.frozen:
+                with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
+                    state = state.replace(**whole.restore(0, {"frozen": abstract.frozen})[0])
             console.say(f"resumed at step {start} of {total} ({time.perf_counter() - began:.1f} s)")
 
         evaluate = functools.partial(evaluate_state, stage, settings, mesh, console)
@@ -341,6 +348,10 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
                                length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
+        if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
+            with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
+                if whole.latest_good()[0] is None:
+                    whole.save(0, {"frozen": state.frozen})
         batches = stage.train_batches(source, start, total, folder / "quarantine.jsonl")
         (folder / "config.json").write_text(configs.to_json(stage.config))
         if stage.tokenizer is not None:
@@ -363,7 +374,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             return scores
 
         def save(step: int, state: TrainState) -> None:
-            keeper.save(step, state, {"batch": stage.data.batch})
+            keeper.save(step, state.replace(frozen={}), {"batch": stage.data.batch})
 
         def on_bad(step: int) -> None:
             keys = stage.keys_of_step(source, step - 1)

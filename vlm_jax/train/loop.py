@@ -66,7 +66,6 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
     """
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
     clock, waited, counted = time.perf_counter(), getattr(batches, "waited_s", 0.0), start
-    saved = start
 
     def flush(upto: int) -> None:
         nonlocal pending, clock, waited, counted
@@ -104,21 +103,19 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
         state, metrics = step_fn(state, place(batch))
         step = index + 1
         pending.append((step, metrics))
-        last = step >= total
-        boundary = step % save_every == 0 or evaluate_at(step) or last or bool(stop)
-        if boundary:
+        stopping = bool(stop)                    # read once: a signal may come at any line
+        saving = stopping or step >= total or step % save_every == 0
+        if saving or evaluate_at(step):
             flush(step)
         elif (step - 1) % log_every == 0:
             flush(step - 1)
         if evaluate_at(step):
             log.write({"step": step, **evaluate(step, state)})
-            clock = time.perf_counter()
-        if boundary and (step % save_every == 0 or last or bool(stop)):
+        if saving:
             log.flush()
             save(step, state)
-            saved = step
+        if saving or evaluate_at(step):
             clock = time.perf_counter()
-        if last or stop:
+        if stopping or step >= total:
             break
-    assert saved == step or step == start
     return state, step
