@@ -31,7 +31,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "test": ["pytest>=8"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
         "bench": ["open_clip_torch>=3.3"],
     },

@@ -11,7 +11,14 @@ import pytest
 
 from vlm_jax import partitioning
 from vlm_jax.nn import attention
-from vlm_jax.nn.attention import Attention, attend, attend_padded, attend_xla, choose, per_device
+from vlm_jax.nn.attention import (
+    Attention,
+    attend,
+    attend_padded,
+    attend_xla,
+    choose,
+    per_device,
+)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from vlm_jax.data.order import MIXTURE_PERIOD, MixtureOrder, Order, hash64, order_of, permute
+from vlm_jax.data.order import (
+    MIXTURE_PERIOD,
+    MixtureOrder,
+    Order,
+    hash64,
+    order_of,
+    permute,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 17, 100, 1000])

@@ -107,6 +107,7 @@ def test_sentencepiece_round_trip(pieces, tmp_path):
 
 def test_sentencepiece_of_other_makers(tmp_path):
     import io
+
     import sentencepiece
     for ids, bos, eos, pad in (({"pad_id": 0, "eos_id": 1, "bos_id": -1, "unk_id": 2}, None, 1, 0),    # T5
                                ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}, 1, 2, 0)):      # Llama

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from tests.tiny import config
-from vlm_jax import run
+from vlm_jax import stage as stages
 from vlm_jax.train import init
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -22,7 +22,7 @@ def tables(name, arg):
         for key, value in section.model.tokens.items():
             if not section.data.tokenizer:
                 section.model.tokens[key] = max(value, 0) if key != "vocab" else max(value, 1000)
-        plan = run.resolve(section, stage_name).plan
+        plan = stages.resolve(section, stage_name).plan
         yield f"{name}-{arg or 'default'}-{stage_name}.txt".replace("=", "_").replace(",", "_"), init.golden(plan, SIZES)
 
 

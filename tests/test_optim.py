@@ -9,8 +9,18 @@ import optax
 import pytest
 
 from vlm_jax.partitioning import AXES, make_mesh, sharding
-from vlm_jax.train.optim import (BELOW, OPTIONS, ema_update, layer_factors, make_optimizer, make_schedule, project,
-                                 sides, state_axes, steps)
+from vlm_jax.train.optim import (
+    BELOW,
+    OPTIONS,
+    ema_update,
+    layer_factors,
+    make_optimizer,
+    make_schedule,
+    project,
+    sides,
+    state_axes,
+    steps,
+)
 
 LEAVES = {
     "image/patch_embed/kernel": (("patch", "embed"), (12, 8)),

@@ -8,7 +8,14 @@ import pytest
 import sentencepiece
 
 from vlm_jax.data import scene, scene_picture, scene_text, scenes
-from vlm_jax.data.scene import COLOURS, DISTINCT, HELD_OUT_PAIRS, HELD_OUT_TRIPLES, SPLITS, make_scene
+from vlm_jax.data.scene import (
+    COLOURS,
+    DISTINCT,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
+    SPLITS,
+    make_scene,
+)
 from vlm_jax.data.scene_text import canonical, caption, judge, parse, questions
 
 EVALUATION = ("val", "test", "heldout_pair", "heldout_triple")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny
-from vlm_jax import partitioning, run
+from vlm_jax import partitioning
+from vlm_jax import stage as stages
 from vlm_jax.errors import ConfigError
 from vlm_jax.system import Context
 from vlm_jax.train import init
@@ -20,7 +21,7 @@ def stage_of(name, edit=None, **data):
     config = tiny(name, **data)
     if edit:
         edit(config.stages.pretrain)
-    return run.resolve(config.stages.pretrain, "pretrain")
+    return stages.resolve(config.stages.pretrain, "pretrain")
 
 
 def batch_of(stage, seed=0):
@@ -38,7 +39,7 @@ def batch_of(stage, seed=0):
 
 
 def state_of(stage, mesh, ema=0.0, given=None):
-    tx, _ = run.make_optimizer(stage)
+    tx, _ = stages.make_optimizer(stage)
     return init.create(stage.system, stage.plan, tx, mesh, jax.random.key(0), stage.spec, given or {}, ema), tx
 
 

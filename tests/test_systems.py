@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_step import batch_of, stage_of, weights
 from tests.tiny import config
-from vlm_jax import run
+from vlm_jax import stage as stages
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.system import Context
 from vlm_jax.train.state import merge
@@ -142,14 +142,14 @@ def test_extend_gives_the_logits_of_the_whole_text():
 def test_configs_have_exactly_the_published_parameters(name, arg, total):
     section = config(name, arg).stages.pretrain
     section.data.tokenizer = ""
-    assert run.resolve(section, "pretrain").plan.count() == total
+    assert stages.resolve(section, "pretrain").plan.count() == total
 
 
 @pytest.mark.parametrize("arg, millions", [("base", 383), ("large", 787)])
 def test_paper_sizes_without_poolers_and_projections(arg, millions):
     section = config("coca", arg).stages.pretrain
     section.model.tokens.update(bos=1, eos=2, pad=0)
-    plan = run.resolve(section, "pretrain").plan
+    plan = stages.resolve(section, "pretrain").plan
     count = sum(plan.count(p) for p in ("image/", "text/", "decoder/"))
     assert abs(count / 1e6 - millions) / millions < 0.002
 
@@ -159,7 +159,7 @@ def test_every_clip_size_takes_the_cbow_text_tower_or_its_own(arg):
     section = config("clip", arg).stages.pretrain
     section.data.tokenizer = ""
     section.model.tokens.update({k: 500 if k == "vocab" else 1 for k, v in section.model.tokens.items() if v == -1})
-    stage = run.resolve(section, "pretrain")
+    stage = stages.resolve(section, "pretrain")
     assert ("text/blocks/attn/query/kernel" in stage.plan.shapes) == (arg != "text=cbow")
 
 

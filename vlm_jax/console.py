@@ -10,7 +10,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 PLAIN_SECONDS = 5.0   # without a terminal, at most one line in this time
@@ -89,14 +96,16 @@ class Console:
                 task = progress.add_task(name, total=total, completed=start, terms="")
                 yield lambda row, step: progress.update(task, completed=step, terms=describe(row))
             return
-        began, last = time.perf_counter(), [0.0]
+        first: list[float] = []
+        last = [0.0]
 
         def plain(row: Mapping[str, Any], step: int) -> None:
             now = time.perf_counter()
+            first.extend(() if first else (now, step))      # the first row comes after compiling: no measure of speed
             if step == total or now - last[0] >= PLAIN_SECONDS:
                 last[0] = now
-                left = (now - began) / max(1, step - start) * (total - step)
-                self.say(f"{name} {step}/{total}  {describe(row)}  left {left:.0f} s")
+                left = (now - first[0]) / max(1, step - first[1]) * (total - step)
+                self.say(f"{name} {step}/{total}  {describe(row)}" + (f"  left {left:.0f} s" if step > first[1] else ""))
         yield plain
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:

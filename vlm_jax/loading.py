@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as configs
-from vlm_jax import partitioning, run
+from vlm_jax import partitioning
+from vlm_jax import stage as stages
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.pipeline import EVAL_AUGMENT
 from vlm_jax.errors import ConfigError
-from vlm_jax.train import checkpoint
 from vlm_jax.train.state import merge
 
 
@@ -28,11 +28,11 @@ class Model:
     int32 ids [b, l]; the names are those of the system ("embed", "features", "generate", ...). Sampling takes ``key=``.
     """
 
-    def __init__(self, stage: run.Stage, variables: Mapping[str, Any]):
+    def __init__(self, stage: stages.Stage, variables: Mapping[str, Any]):
         self.stage, self.variables = stage, variables
         self.config, self.tokenizer = stage.config, stage.tokenizer
         self.preprocess = ops.Chain(stage.data.eval_augment or EVAL_AUGMENT, stage.data.size)
-        self.predict = run.bind(stage.system, variables, partitioning.make_mesh("dp", devices=jax.devices()[:1]))
+        self.predict = stages.bind(stage.system, variables, partitioning.make_mesh("dp", devices=jax.devices()[:1]))
 
     def images(self, images: Any) -> np.ndarray:
         """Paths, PIL images or arrays [h, w, 3] (one or a list) -> uint8 [b, size, size, 3], preprocessed."""
@@ -88,12 +88,12 @@ def load(directory: str | pathlib.Path) -> Model:
     Averaged weights (optim.ema) are taken where the stage kept them. Raises ConfigError where
     the directory holds no model.
     """
-    folder = run.newest_stage(pathlib.Path(directory))
+    folder = stages.newest_stage(pathlib.Path(directory))
     config = configs.from_json((folder / "config.json").read_text())
     tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
     config.data.tokenizer = config.data.tokenizer if tokenizer is not None else ""
-    stage = run.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
-    leaves = run.read_weights(folder)
+    stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
+    leaves = stages.read_weights(folder)
     missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)
     if missing:
         raise ConfigError(f"{folder} lacks {len(missing)} leaves of its model, the first: {sorted(missing)[0]}")

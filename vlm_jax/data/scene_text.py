@@ -23,8 +23,20 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlm_jax.data.scene import (COLOURS, FILLS, HELD_OUT_PAIRS, MATERIALS, OPPOSITE, SHAPES, SIZES, Scene, Thing, pick,
-                                shuffled, stream)
+from vlm_jax.data.scene import (
+    COLOURS,
+    FILLS,
+    HELD_OUT_PAIRS,
+    MATERIALS,
+    OPPOSITE,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    pick,
+    shuffled,
+    stream,
+)
 
 LONGEST = 28  # words and commas; with the start and end marks at most 30 tokens
 

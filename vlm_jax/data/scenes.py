@@ -22,11 +22,26 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from vlm_jax.data.scene import CLASSES, RELATIONS, SPLITS, Scene, Thing, class_of, make_scene
+from vlm_jax.data.scene import (
+    CLASSES,
+    RELATIONS,
+    SPLITS,
+    Scene,
+    Thing,
+    class_of,
+    make_scene,
+)
 from vlm_jax.data.scene_picture import boxes, render, render_batch
-from vlm_jax.data.scene_text import (Facts, Question, SYNONYMS, canonical, caption, judge, parse, questions)
+from vlm_jax.data.scene_text import (
+    SYNONYMS,
+    Facts,
+    Question,
+    canonical,
+    caption,
+    judge,
+    parse,
+    questions,
+)
 from vlm_jax.errors import nearest
 
 __all__ = ["CLASSES", "RELATIONS", "SPLITS", "Facts", "Question", "Scene", "Scenes", "Thing", "TOKENIZER", "VIEWS",

@@ -12,7 +12,13 @@ from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import Images, embed_images, embed_texts, needs
 from vlm_jax.evals.evaluation import Evaluation
-from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank, with_baselines
+from vlm_jax.evals.rank import (
+    chance_mean,
+    chance_median,
+    chance_within,
+    rank,
+    with_baselines,
+)
 
 KS = (1, 5, 10)
 DUPLICATES = ("wrong", "right")

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import nearest
 from vlm_jax.nn.block import Stack, init_cache
 from vlm_jax.nn.embed import TokenEmbed, sincos_1d
-from vlm_jax.partitioning import nearest, shard
+from vlm_jax.partitioning import shard
 
 POOLINGS = ("eot", "class", "mean")
 CLASS_MASKS = ("shifted", "exact")

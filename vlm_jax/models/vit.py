@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import nearest
 from vlm_jax.nn.block import Stack
 from vlm_jax.nn.embed import ConvStem, PatchEmbed, sincos_2d
 from vlm_jax.nn.norm import Norm
-from vlm_jax.partitioning import nearest, shard
+from vlm_jax.partitioning import shard
 
 STEMS = ("patch", "conv")
 POSITIONS = ("learned", "sincos")

@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
-from vlm_jax.partitioning import current_sizes, nearest, shard, spec
+from vlm_jax.partitioning import current_sizes, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
 

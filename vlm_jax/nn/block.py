@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vlm_jax.errors import nearest
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
-from vlm_jax.partitioning import nearest, shard
+from vlm_jax.partitioning import shard
 
 CROSS = ("none", "single", "double")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from vlm_jax.partitioning import nearest
+from vlm_jax.errors import nearest
 
 SCHEMES = ("openai_text", "torch", "fan_in")
 ROLES = ("qkv", "out", "up", "down")

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.linear import Linear
-from vlm_jax.partitioning import nearest, shard
+from vlm_jax.partitioning import shard
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.partitioning import nearest
+from vlm_jax.errors import nearest
 
 KINDS = ("layernorm", "rmsnorm")
 
