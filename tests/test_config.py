@@ -81,3 +81,19 @@ def test_bad_configs_exit_43_and_name_the_nearest(args, words, tmp_path):
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("present, line", [("gpu", '".[cuda]"'), ("tpu", '".[tpu]"')])
+def test_an_accelerator_that_jax_does_not_see_stops_the_run(monkeypatch, present, line):
+    from vlm_jax import main
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(main, "accelerator_present", lambda: present)
+    with pytest.raises(ConfigError, match=line.replace("[", r"\[").replace(".", r"\.")):
+        main.check_platform("")
+    main.check_platform("cpu")      # asked for
+
+
+def test_the_work_directory_follows_config_and_arguments():
+    from vlm_jax.main import default_workdir
+    assert default_workdir(["main", "--config=configs/coca.py"]) == "runs/coca"
+    assert default_workdir(["main", "--config", "configs/clip.py:b32,res=288", "--stage=x"]) == "runs/clip-b32_res=288"

@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, partitioning, report
+from vlm_jax import evals, partitioning
 from vlm_jax.console import Console
 from vlm_jax.data import pipeline
 from vlm_jax.errors import ConfigError, nearest
@@ -246,6 +246,8 @@ def evaluate_state(stage: Stage, settings: Mapping[str, Eval], mesh: Any, consol
 
 
 def write_report(stage: Stage, folder: pathlib.Path, final: Mapping[str, Any], console: Console) -> None:
+    from vlm_jax import report      # matplotlib takes a second to import; a run needs it at its end
+
     pictures: dict[str, Any] = {}
     for name, result in final.get("evaluations", {}).items():
         pictures.update({k: v for k, v in result.pictures.items() if k not in pictures})
