@@ -26,7 +26,7 @@ def command(workdir, *args, system="clip"):
 
 
 def environment():
-    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
 
 
 def start(workdir, *args, **kwargs):
@@ -176,7 +176,7 @@ def test_eval_only_scores_the_newest_checkpoint(unbroken):
 
 
 def test_a_loss_that_stays_infinite_stops_the_run(tmp_path):
-    code, output = finish(tmp_path / "nan", "--config.stages.pretrain.optim.lr=1e38", "--config.stages.pretrain.optim.muon_lr=1e38",
+    code, output = finish(tmp_path / "nan", "--config.stages.pretrain.optim.lr=1e38",
                           "--config.stages.pretrain.optim.max_bad_steps=3", "--config.stages.pretrain.optim.clip_norm=1e38")
     assert code == 43, output[-3000:]
     assert "not finite for 3 steps" in output

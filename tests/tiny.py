@@ -26,7 +26,8 @@ def tiny(name, **data):
         stage.model.poolers.update(queries=4, heads=2)
     stage.model.embed = 16
     stage.data.update({"batch": 8, **data})
-    stage.optim.warmup = "25%"
+    stage.optim = dict(name="adamw", lr=3e-3, schedule="cosine", warmup="25%", weight_decay=0.1, clip_norm=1.0,
+                       clamps=stage.optim.clamps, ema=0.0, max_bad_steps=10)     # Muon takes long to compile
     stage.evals = {}
     stage.steps = 8
     return whole
