@@ -51,6 +51,7 @@ def scenes(res):
                    embed=128, norm="rmsnorm", scale=10.0, dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0, cap=2.0), directions="mean", duplicates="negatives"),
         optim=dict(name="muon", lr=3e-3, muon_lr=0.08, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
+                   muon_exclude=(".*/table", ".*/vocab_kernel", ".*_pooler/query"),     # the stem's matrices are Muon's too
                    schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
@@ -61,7 +62,7 @@ def scenes(res):
                    caption_triple=dict(kind="caption", data="scenes:heldout_triple", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
-        steps=1200, checkpoint=dict(every=500, keep=2))
+        steps=1300, checkpoint=dict(every=500, keep=2))
 
 
 def small(res):

@@ -60,12 +60,12 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
         stop: StopRequest, progress: Callable[[Mapping[str, Any], int], None]) -> tuple[TrainState, int]:
     """Runs steps ``start`` .. ``total`` and returns the state and the step reached.
 
-    batches: yields (step index, host batch) and tells ``waited_s``, the seconds that it kept the
-    loop waiting. Metrics of step s are read after step s+1 is under way. Returns early, saved,
+    batches: yields (step index, host batch). Waiting for it counts as data wait when the device has
+    finished the step before by the time the batch is there: until then it loses nothing. Metrics of step s are read after step s+1 is under way. Returns early, saved,
     when ``stop`` is set. Raises NonFiniteError after ``max_bad_steps`` bad steps in a row.
     """
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-    clock, waited, counted = time.perf_counter(), getattr(batches, "waited_s", 0.0), start
+    clock, waited, counted = time.perf_counter(), 0.0, start
 
     def flush(upto: int) -> None:
         nonlocal pending, clock, waited, counted
@@ -74,13 +74,13 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
         if not ready:
             return
         values = jax.device_get([m for _, m in ready])
-        now, wait = time.perf_counter(), getattr(batches, "waited_s", 0.0)
+        now = time.perf_counter()
         speed = {"time/images_per_s": (ready[-1][0] - counted) * batch_size / max(now - clock, 1e-9),
-                 "time/data_wait": (wait - waited) / max(now - clock, 1e-9)}
+                 "time/data_wait": waited / max(now - clock, 1e-9)}
         memory = resident_mb()
         if memory is not None:
             speed["time/resident_mb"] = memory
-        clock, waited, counted = now, wait, ready[-1][0]
+        clock, waited, counted = now, 0.0, ready[-1][0]
         for (step, _), metrics in zip(ready, values):
             row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
             bad = int(row.pop("bad_steps"))
@@ -98,8 +98,15 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
                 raise NonFiniteError(f"loss or gradient was not finite for {bad} steps in a row, up to step {step} "
                                      f"(loss {row['loss']}, grad_norm {row['grad_norm']}); optim.max_bad_steps={max_bad_steps}")
 
-    step = start
-    for index, batch in batches:
+    step, stream = start, iter(batches)
+    while True:
+        asked = time.perf_counter()
+        try:
+            index, batch = next(stream)
+        except StopIteration:
+            break
+        if step > start and metrics["loss"].is_ready():
+            waited += time.perf_counter() - asked
         state, metrics = step_fn(state, place(batch))
         step = index + 1
         pending.append((step, metrics))
