@@ -51,19 +51,20 @@ def scenes(res, text):
     few = dict(qk_norm="rms", init_scheme="fan_in", positions="sincos")
     return c.stage(
         system="clip",
-        model=dict(image=dict(few, tower="vit", variant="mini", stem="conv", class_token=False, norms_at=(),
+        model=dict(image=dict(few, tower="vit", variant="mini", stem="conv", class_token=False, norms_at=("output",),
                               positions_at=("input", "output")),
                    text=text_tower(text, "mini", end="eos", layers=2, **few), embed=128, image_pool="attention",
                    norm="rmsnorm", scale=10.0, dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="negatives"),
         optim=dict(name="muon", lr=3e-3, muon_lr=0.08, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
+                   muon_exclude=(".*/table", ".*_pooler/query"),     # the stem's matrices are Muon's too
                    schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),   # free wording
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
-        steps=1400, checkpoint=dict(every=500, keep=2))
+        steps=1000, checkpoint=dict(every=500, keep=2))
 
 
 def small(res, text):
@@ -78,7 +79,7 @@ def small(res, text):
                    tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
         optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.1,
-                   schedule="cosine", warmup="5%", clip_norm=1.0,
+                   muon_exclude=(".*/table", ".*/position_embed"), schedule="cosine", warmup="5%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
         data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="clip",
                   augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)|grayscale(p=0.1)", eval_augment="resize|center_crop",

@@ -62,7 +62,7 @@ def scenes(res):
                    caption_triple=dict(kind="caption", data="scenes:heldout_triple", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
-        steps=1300, checkpoint=dict(every=500, keep=2))
+        steps=1000, checkpoint=dict(every=500, keep=2))
 
 
 def small(res):
