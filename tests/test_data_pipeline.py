@@ -112,28 +112,6 @@ def test_close_ends_the_reader_threads(good, tokenizer):
     assert not set(threading.enumerate()) - before
 
 
-def test_waiting_is_measured(tokenizer):
-    class Slow:
-        name = "slow"
-
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, i):
-            time.sleep(0.01)
-            return {"key": str(i), "image": np.zeros((16, 16, 3), np.uint8), "text": ["x"]}
-
-    batches = train_batches(Slow(), tokenizer, **OPTIONS, threads=0)
-    next(batches), next(batches)
-    assert 0.15 < batches.waited_s < 2
-    with train_batches(Slow(), tokenizer, **OPTIONS, threads=2, prefetch=4) as batches:
-        next(batches)
-        waited = batches.waited_s
-        time.sleep(0.4)
-        next(batches)
-        assert batches.waited_s - waited < 0.05  # made while the consumer was busy
-
-
 def test_bad_samples_are_replaced_counted_and_written_down(spoilt, tokenizer, tmp_path):
     path = tmp_path / "run" / "quarantine.jsonl"
     options = dict(augment="squash", bad_budget=0.5, quarantine_path=str(path))

@@ -7,7 +7,6 @@ Grain runs the reading: its dataset is the sequence of steps, its reader threads
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,26 +96,16 @@ class _Steps:
 
 
 class _Batches:
-    """An iterator over a Grain dataset that knows how long its consumer waited.
-
-    ``waited_s``: seconds spent waiting so far, all calls together. ``ledger``: bad samples so far.
-    ``close()`` ends the reader threads; leaving a ``with`` block does so too.
-    """
+    """An iterator over a Grain dataset. ``ledger``: bad samples so far. ``close()`` ends the reader threads; leaving a
+    ``with`` block does so too."""
 
     def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, ledger: Ledger):
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         self._iterator = iter(dataset.to_iter_dataset(options))
-        self.waited_s, self.ledger = 0.0, ledger
+        self.ledger = ledger
 
     def __iter__(self):
         return self
-
-    def _next(self) -> Any:
-        start = time.perf_counter()
-        try:
-            return next(self._iterator)
-        finally:
-            self.waited_s += time.perf_counter() - start
 
     def close(self) -> None:
         self._iterator.close()
@@ -137,7 +126,7 @@ class TrainBatches(_Batches):
         self._step = start
 
     def __next__(self) -> tuple[int, dict[str, np.ndarray]]:
-        batch, seen, offences = self._next()
+        batch, seen, offences = next(self._iterator)
         self.ledger.add(seen, offences)  # in the order of the steps: a run stops at the same one every time
         if batch is None:
             raise BadDataError(self.ledger.report(f"step {self._step}: {MAX_ATTEMPTS} candidates in a row were bad"))
@@ -185,7 +174,7 @@ class EvalBatches(_Batches):
         return self._count
 
     def __next__(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-        batch, meta, seen, offences = self._next()
+        batch, meta, seen, offences = next(self._iterator)
         self.ledger.add(seen, offences)
         return batch, meta
 
