@@ -214,6 +214,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if step < total:
             console.say(f"stopped by signal {stop.signal}: saved at step {step} of {total}; the same command resumes")
             return EXIT_PREEMPTED
+        if settings and "scores" not in final:     # killed between the last save and DONE
+            evaluate_now(step, state)
         if final.get("scores"):
             console.scores(final["scores"], step)
         write_report(stage, folder, final, console)
