@@ -23,6 +23,7 @@ setup(
         "pillow>=11",
         "tokenizers>=0.21",
         "fsspec",
+        "ml_dtypes>=0.5",
         "filelock>=3.13",
         "rich>=13",
         "matplotlib>=3.8",
@@ -31,8 +32,11 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "test": ["pytest>=8", "pytest-xdist>=3.5"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
-        "bench": ["open_clip_torch>=3.3"],
+        "hub": ["huggingface_hub>=2.4"],
+        # open_clip's generate needs BeamSearchScorer, which transformers 4.57 dropped
+        "bench": ["open_clip_torch[training]>=3.3", "transformers>=4.55,<4.57"],
+        "parity": ["open_clip_torch>=3.3", "transformers>=4.55"],
     },
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import tokenizers
-from vlm_jax.data.tokenizers import check, load, train
+from vlm_jax.data.tokenizers import load, train
 
 WORDS = ("red", "blue", "green", "small", "large", "cat", "dog", "house", "heart", "face")
 TEXTS = [f"a {a} {b} beside the {c}" for a in WORDS for b in WORDS for c in WORDS[:5]]
@@ -176,9 +176,3 @@ def test_unknown_names_are_refused(tmp_path):
     (tmp_path / tokenizers.DESCRIPTION).write_text('{"kind": "sentencepeace"}')
     with pytest.raises(ValueError, match="nearest: 'sentencepiece'"):
         load(str(tmp_path))
-
-
-def test_a_table_too_small_is_refused(pieces):
-    check(pieces, pieces.vocab_size)
-    with pytest.raises(ValueError, match=f"vocab_size=10 is smaller.*{pieces.vocab_size}"):
-        check(pieces, 10)

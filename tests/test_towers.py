@@ -150,8 +150,8 @@ def test_resnet_statistics_move_only_in_training():
     def run(variables):
         return (*model.apply(variables, image, True, mutable=["batch_stats"]), model.apply(variables, image, mutable=["batch_stats"])[1])
 
-    y, moved, still = run(variables)
-    assert y.shape == (2, 12)
+    (tokens, pooled), moved, still = run(variables)
+    assert tokens.shape == (2, 1, 256) and pooled.shape == (2, 12)
     kernel = variables["params"]["stem1"]["conv"]["kernel"]
     conv = jax.lax.conv_general_dilated(image, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
     before, after = (v["batch_stats"]["stem1"]["norm"]["mean"] for v in (variables, moved))

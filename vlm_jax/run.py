@@ -36,7 +36,9 @@ from vlm_jax.stage import (
     Optim,
     Stage,
     bind,
+    fetch_origins,
     folder_of,
+    init_rules,
     make_optimizer,
     open_origin,
     resolve,
@@ -70,6 +72,8 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
         raise ConfigError(f"workdir={str(workdir)!r} is in use by another run (lock {workdir / '.lock'}); "
                           "give this one a --workdir of its own") from None
     with lock:
+        for name in names:      # what comes from the hub is here before the first stage trains
+            fetch_origins(config, built[name], workdir)
         for name in names:
             code = run_stage(config, built[name], workdir, eval_only=eval_only, console=console)
             if code:
@@ -138,7 +142,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             start = 0
             if eval_only:
                 raise ConfigError(f"--eval_only: {folder} has no good checkpoint to evaluate")
-            given = init.take_over(tuple(stage.config.init), stage.plan, functools.partial(open_origin, config, workdir),
+            given = init.take_over(init_rules(config, stage, workdir), stage.plan, functools.partial(open_origin, config, workdir),
                                    f"stages.{stage.name}.init")
             state = init.create(stage.system, stage.plan, tx, mesh, jax.random.fold_in(key, 0), stage.spec, given, opt.ema)
         else:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import pathlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import partitioning, systems
+from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
 from vlm_jax.data.order import order_of
 from vlm_jax.errors import ConfigError, nearest
@@ -112,7 +114,8 @@ class Stage:
 
     @functools.cached_property
     def plan(self) -> init.Plan:
-        return init.plan(self.system, self.spec, tuple(self.config.trainable))
+        """What the model's leaves are; nothing is computed. Raises ConfigError for sizes that do not fit together."""
+        return configs.call(init.plan, {}, f"stages.{self.name}", self.system, self.spec, tuple(self.config.trainable))
 
     def open(self, which: Any) -> Any:
         """The source of a spec. Raises ConfigError."""
@@ -159,6 +162,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     configs.check_stage(name, stage_config)
     stage_config = ConfigDict(configs.to_plain(stage_config))
     data = configs.call(Data, stage_config.data, f"stages.{name}.data")
+    stage_config.data = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}     # defaults written out
     for field in ("batch", "size", "length"):
         if getattr(data, field) < 1:
             raise ConfigError(f"stages.{name}.data.{field}={getattr(data, field)} must be at least 1")
@@ -174,7 +178,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
         for key, value in stage_config.model.tokens.items():
             if value == -1:
                 stage_config.model.tokens[key] = found[key]
-            elif value != found[key]:
+            elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
                 raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
                                   f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
     if stage_config.system not in system_names():
@@ -209,16 +213,53 @@ def folder_of(config: ConfigDict, workdir: pathlib.Path, name: str) -> pathlib.P
     return pathlib.Path(workdir) / f"{order.index(name) + 1}_{name}"
 
 
-def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mapping[str, np.ndarray]:
-    """The leaves that an ``init`` rule names as "@stage" or a directory."""
+def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pathlib.Path:
+    """The stage directory of an origin: "@stage", a directory, or "hf:OWNER/NAME[@REVISION]", which is imported
+    into workdir/imported/ first. Raises ConfigError."""
     if origin.startswith("@"):
         folder = folder_of(config, workdir, origin[1:])
         if not (folder / "DONE").exists():
             raise ConfigError(f"init takes weights from stage {origin[1:]!r}, which has not finished in {folder}: "
                               f"run --stage={origin[1:]} first")
-    else:
-        folder = newest_stage(pathlib.Path(origin))
-    return read_weights(folder)
+        return folder
+    if origin.startswith("hf:"):
+        from vlm_jax.importers import cli       # a command among commands; only where it is asked for
+        return cli.imported(origin, pathlib.Path(workdir) / "imported")
+    return newest_stage(pathlib.Path(origin))
+
+
+def fetch_origins(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> None:
+    """Imports what a stage's ``init`` names on the hub, unless the stage has begun. Raises ConfigError."""
+    if (folder_of(config, workdir, stage.name) / "config.json").exists():
+        return
+    given = (stage.config.init,) if isinstance(stage.config.init, str) else stage.config.init
+    for rule in given:
+        origin = rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0]
+        if origin.startswith("hf:"):
+            origin_folder(config, workdir, origin)
+
+
+def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mapping[str, np.ndarray]:
+    """The leaves of an origin that an ``init`` rule names."""
+    return read_weights(origin_folder(config, workdir, origin))
+
+
+def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[weight_rules.Rule]:
+    """The rules of a stage's ``init``. A string among them, or instead of them, is an origin to take every leaf
+    from by its own name; where the resolution differs, image positions are resized as the origin's release does."""
+    given = (stage.config.init,) if isinstance(stage.config.init, str) else stage.config.init
+    rules: list[weight_rules.Rule] = []
+    for rule in given:
+        if not isinstance(rule, str):
+            rules.append(tuple(rule))
+            continue
+        record = origin_folder(config, workdir, rule.rstrip(":")) / "import.json"
+        resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
+        source, positions = rule.rstrip(":") + ":", "image/(.*/)?position_embed"
+        if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
+            rules.append((positions, source, resize))
+        rules.append((".*", source, "copy"))
+    return rules
 
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -115,7 +115,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-level BPE on cleaned, lower-cased text (the CLIP release's ``simple_tokenizer``): 256 byte
-    symbols, the same with "</w>", 48,894 merges, begin 49406 and end 49407; pads with 0.
+    symbols, the same with "</w>", the file's first 48,894 merges (or fewer, in a small one), begin and end
+    (49406 and 49407); pads with 0.
 
     The names of the special tokens inside a caption are plain text (OpenAI's own tokenizer makes ids of them).
     Cleaning is ftfy (where installed: without it, text with broken encodings gives other ids than the release;
@@ -128,16 +129,17 @@ class ClipTokenizer(Tokenizer):
         import tokenizers
         self._vocabulary = vocabulary
         lines = gzip.decompress(vocabulary).decode("utf-8").split("\n")[1:self.MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
-        if len(merges) != self.MERGES or any(len(m) != 2 for m in merges):
-            raise ValueError(f"{CLIP_FILE} holds {len(merges)} merges, expected {self.MERGES}")
+        self._merges = merges = [tuple(line.split()) for line in lines if line]
+        wrong = next((i for i, m in enumerate(merges) if len(m) != 2), None)
+        if wrong is not None:
+            raise ValueError(f"line {wrong + 2} of {CLIP_FILE} is no merge of two: {lines[wrong]!r}")
         symbols = list(_byte_symbols().values())
         tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges),
                   "<|startoftext|>", "<|endoftext|>"]
         vocab = {token: i for i, token in enumerate(tokens)}
         self.vocab_size, self.pad_id = len(tokens), 0
         self.bos_id, self.eos_id = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-        self._tokens = tokens
+        self._tokens, self._vocab = tokens, vocab
         self._bytes = {" ": 32, **{symbol: byte for byte, symbol in _byte_symbols().items()}}
         # the tokenizers library does the merging (Rust); its pre-tokenizer splits as the release's pattern does
         model = tokenizers.models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
@@ -163,8 +165,36 @@ class ClipTokenizer(Tokenizer):
         data = bytearray(self._bytes[c] for c in text.replace("</w>", " "))
         return data.decode("utf-8", errors="replace").strip()
 
+    def vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """(token -> id, merges), as vocab.json and merges.txt hold them."""
+        return dict(self._vocab), list(self._merges)
+
     def _files(self) -> dict[str, bytes]:
         return {CLIP_FILE: self._vocabulary}
+
+
+def clip_json(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> str:
+    """A tokenizer.json with transformers' own cleaning for CLIP: NFC, single spaces, lower case; begin and end added.
+
+    It differs from ``ClipTokenizer`` where ftfy or HTML entities matter. Raises ValueError without the two special tokens.
+    """
+    import tokenizers as library
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    missing = [t for t in (begin, end) if t not in vocabulary]
+    if missing:
+        raise ValueError(f"the vocabulary lacks {missing[0]}")
+    model = library.models.BPE(vocabulary, list(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>")
+    out = library.Tokenizer(model)
+    out.add_special_tokens([begin, end])
+    out.normalizer = library.normalizers.Sequence([
+        library.normalizers.NFC(), library.normalizers.Replace(library.Regex(r"\s+"), " "), library.normalizers.Lowercase()])
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    out.pre_tokenizer = library.pre_tokenizers.Sequence([
+        library.pre_tokenizers.Split(library.Regex(pattern), "removed", invert=True),
+        library.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    out.decoder = library.decoders.ByteLevel()
+    out.post_processor = library.processors.RobertaProcessing((end, vocabulary[end]), (begin, vocabulary[begin]), False, False)
+    return out.to_str()
 
 
 def _byte_symbols() -> dict[int, str]:
@@ -211,7 +241,17 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
+        text = self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
+        end = getattr(self._tokenizer.model, "end_of_word_suffix", None)     # the library's decoder leaves CLIP's "</w>"
+        return text.replace(end, " ").strip() if end else text
+
+    def content(self) -> str:
+        return self._content.decode("utf-8")
+
+    def special_tokens(self) -> dict[str, str]:
+        """{"bos_token": "<s>", ...}, as tokenizer_config.json has them."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: self._tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
 
     def _files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._content}
@@ -288,13 +328,6 @@ def _read_json(path: str) -> bytes:
         raise FileNotFoundError(f"hf:{path} is no file here, and fetching it from the hub needs huggingface_hub "
                                 f"(pip install huggingface_hub)") from None
     return _read(huggingface_hub.hf_hub_download(path, "tokenizer.json"), "the tokenizer file")
-
-
-def check(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError where a model's token table of ``vocab_size`` rows is too small for the tokenizer."""
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is smaller than the {tokenizer.kind} tokenizer's "
-                         f"{tokenizer.vocab_size} ids; nearest: {tokenizer.vocab_size}")
 
 
 def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePieceTokenizer:

@@ -86,10 +86,11 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """image float [b, h, w, 3], already normalised -> [b, features] in the joint space.
+    """image float [b, h, w, 3], already normalised -> (tokens [b, n, 32 width], vector [b, features] in the joint space).
 
     A stem of three 3x3 convolutions (``stem1``..``stem3``) and a 2x2 average pool, four stages of
-    bottlenecks (``stage<s>_block<b>``) of widths w, 2w, 4w, 8w, and an attention pool (``pool``).
+    bottlenecks (``stage<s>_block<b>``) of widths w, 2w, 4w, 8w, whose last map, row by row, are the
+    tokens, and an attention pool (``pool``).
     There is no projection after it. The side must be a multiple of 32 and equal ``image_size``,
     for which the pool's positions are made.
     """
@@ -100,7 +101,7 @@ class ModifiedResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, image: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         if image.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(f"image of {image.shape[1]}x{image.shape[2]} pixels does not fit image_size={self.image_size}; "
                              f"nearest: {self.image_size}x{self.image_size}")
@@ -112,7 +113,7 @@ class ModifiedResNet(nn.Module):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(self.width * 2 ** stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}")(x, train)
-        return AttentionPool(self.features, self.dtype, name="pool")(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1]), AttentionPool(self.features, self.dtype, name="pool")(x)
 
 
 def average_pool(x: jax.Array, stride: int) -> jax.Array:

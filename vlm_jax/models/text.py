@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
+from vlm_jax.nn.attention import CAUSAL
 from vlm_jax.nn.block import Stack, init_cache
 from vlm_jax.nn.embed import TokenEmbed, sincos_1d
 from vlm_jax.partitioning import shard
 
-POOLINGS = ("eot", "class", "mean")
+POOLINGS = ("eot", "class", "mean", "first", "last")
 CLASS_MASKS = ("shifted", "exact")
 POSITIONS = ("learned", "sincos")
 
@@ -43,7 +44,9 @@ class TextTransformer(nn.Module):
     Fields:
       pooling: "eot", the state at the first ``eos_id``, or at the largest id if ``eos_id`` is None
         (OpenAI's weights: EOT is the largest); "class", an embedding appended after the
-        last token (CoCa); "mean" over real tokens.
+        last token (CoCa); "mean" over real tokens; "first" or "last" position, padding or not (CLIPA).
+      causal: "causal", or "none", where every token sees every other, padding included (open_clip's
+        ``no_causal_mask``): then a cropped text gives another result.
       class_mask: what the class token sees. "exact": the real tokens and itself. "shifted":
         open_clip's CoCa weights were trained with that mask shifted right by one place: a
         caption shorter than the context sees one pad and not the class token itself.
@@ -63,13 +66,14 @@ class TextTransformer(nn.Module):
     norm: str = "layernorm"
     eps: float = 1e-5
     positions: str = "learned"
+    causal: str = "causal"
     qk_norm: str = "none"
     init_scheme: str = "openai_text"
     remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):
-        for name, value, valid in (("pooling", self.pooling, POOLINGS), ("class_mask", self.class_mask, CLASS_MASKS),
+        for name, value, valid in (("pooling", self.pooling, POOLINGS), ("causal", self.causal, CAUSAL), ("class_mask", self.class_mask, CLASS_MASKS),
                                    ("positions", self.positions, POSITIONS)):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is not known{nearest(value, valid)}")
@@ -83,7 +87,7 @@ class TextTransformer(nn.Module):
                                           (count, self.width), jnp.float32))
         self.stack = Stack(self.layers, dict(
             width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps,
-            qk_norm=self.qk_norm, causal="causal", init_scheme=self.init_scheme), self.remat, self.dtype)
+            qk_norm=self.qk_norm, causal=self.causal, init_scheme=self.init_scheme), self.remat, self.dtype)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
 
     def __call__(self, text: jax.Array, text_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -123,6 +127,8 @@ class TextTransformer(nn.Module):
     def pool(self, x: jax.Array, text: jax.Array, real: jax.Array) -> jax.Array:
         if self.pooling == "mean":
             return mean_over(x, real)
+        if self.pooling in ("first", "last"):
+            return x[:, 0 if self.pooling == "first" else -1]
         at = jnp.argmax(text if self.eos_id is None else text == self.eos_id, axis=-1)
         return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
 

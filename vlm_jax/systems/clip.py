@@ -26,14 +26,15 @@ from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key
 
 IMAGE_TOWERS = {"vit": (vit.ViT, vit.VARIANTS), "resnet": (resnet.ModifiedResNet, resnet.VARIANTS)}
 TEXT_TOWERS = ("transformer", "cbow")
-IMAGE_POOLS = ("class", "mean", "attention")
+IMAGE_POOLS = ("class", "mean", "normed_mean", "attention")
 KINDS = ("softmax", "sigmoid")
 
 
 class Clip(nn.Module):
     """Named methods over the two towers. Features are unit vectors of width ``embed``.
 
-    image_pool: what of a ViT's tokens the head sees; a ResNet pools by itself.
+    image_pool: what of a ViT's tokens the head sees: "class", their "mean" (without a class token), the mean of
+    normed tokens ("normed_mean"), or one learned query's "attention"; a ResNet pools by itself.
     scale: initial multiplier of the cosine, kept as its logarithm. bias: initial logit bias of
     the sigmoid loss; None leaves the parameter out.
     """
@@ -50,9 +51,9 @@ class Clip(nn.Module):
 
     def setup(self):
         head = functools.partial(ProjectionHead, self.embed, norm_kind=self.norm, dtype=self.dtype)
-        self.text_head = head()
+        self.text_head = head(eps=getattr(self.text, "eps", 1e-5))
         if isinstance(self.image, vit.ViT):
-            self.image_head = head()
+            self.image_head = head(eps=self.image.eps)
             if self.image_pool == "attention":
                 self.image_pooler = AttentionPooler(1, self.image.width, self.image.heads, norm=self.norm, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.with_logical_partitioning(
@@ -65,12 +66,18 @@ class Clip(nn.Module):
         """image [b, h, w, 3] -> (tokens [b, n, width], unit vector [b, embed]). ``key``: of dropped patches."""
         image = normalise(image, self.mean, self.std)
         if isinstance(self.image, resnet.ModifiedResNet):
-            pooled = self.image(image, train)
-            return pooled[:, None], unit(pooled)
+            tokens, pooled = self.image(image, train)
+            return tokens, unit(pooled)
         tokens = self.image(image, key)
-        pooled = {"class": lambda: tokens[:, 0], "mean": lambda: tokens.mean(1),
+        if self.image_pool == "normed_mean":     # the projection has no bias: it and the mean may change places
+            return tokens, unit(self.image_head(self.patches(tokens)).mean(1))
+        pooled = {"class": lambda: tokens[:, 0], "mean": lambda: self.patches(tokens).mean(1),
                   "attention": lambda: self.image_pooler(tokens)[:, 0]}[self.image_pool]()
         return tokens, unit(self.image_head(pooled))
+
+    def patches(self, tokens: jax.Array) -> jax.Array:
+        """Without the class token."""
+        return tokens[:, int(self.image.class_token):]
 
     def text_features(self, ids: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """ids [b, l] -> (states [b, l, width], unit vector [b, embed])."""
@@ -186,7 +193,8 @@ def embed(model: nn.Module, variables: Variables, batch: Batch, *, key=None) -> 
 
 
 def features(model: nn.Module, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
-    """The towers' token outputs: image [b, n, width], text [b, l, width], for what the batch has."""
+    """The towers' token outputs after their last block, before the final norm: image [b, n, width] (class token
+    first; a ResNet's last feature map, row by row), text [b, l, width], for what the batch has."""
     out = {}
     if "image" in batch:
         out["image"] = model.apply(variables, batch["image"], method="image_features")[0]

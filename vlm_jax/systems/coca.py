@@ -50,9 +50,9 @@ class CoCa(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.text_head = ProjectionHead(self.embed, norm_kind=self.norm, dtype=self.dtype)
+        self.text_head = ProjectionHead(self.embed, norm_kind=self.norm, eps=self.text.eps, dtype=self.dtype)
         if self.pooler == "open_clip":
-            self.memory_norm = Norm(self.norm)
+            self.memory_norm = Norm(self.norm, self.image.eps)
         self.image_head = ProjectionHead(self.embed, norm_kind="none" if self.pooler == "open_clip" else self.norm, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.with_logical_partitioning(
             nn.initializers.constant(math.log(self.scale)), ()), (), jnp.float32)

@@ -145,7 +145,7 @@ def take_over(rules: Sequence[weight_rules.Rule], plan: Plan,
     for target, source, how in rules:
         if source != weight_rules.FRESH:
             origin, _, template = source.rpartition(":")
-            if not origin:
+            if origin in ("", "hf"):      # no template: a path, or hf:OWNER/NAME
                 origin, template = source, ""
             key = origin.replace("\\", "/")
             if not any(name.startswith(f"{key}:") for name in sources):

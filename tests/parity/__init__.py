@@ -1,0 +1,1 @@
+"""Parity with the official implementations, on small random weights: see ``__main__`` for the command."""

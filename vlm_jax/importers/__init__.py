@@ -1,0 +1,1 @@
+"""Weights of other frameworks: opened, and laid out for our models."""

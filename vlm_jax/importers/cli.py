@@ -1,0 +1,231 @@
+"""Brings official weights in, and takes ours out.
+
+python -m vlm_jax.importers.cli --release=openai_clip --src=ViT-B-32.pt --out=DIR
+python -m vlm_jax.importers.cli --release=open_clip --src=hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K --out=DIR
+python -m vlm_jax.importers.cli --export=hf_clip --src=DIR --out=DIR2 [--push=hf:OWNER/NAME]
+
+An imported directory is what vlm_jax.load, vlm_jax.predict and a config's init= take:
+
+    DIR/config.json      a stage config with the model's sizes
+       /checkpoints/     the weights, fp32
+       /tokenizer/       where the source, an installed package or --tokenizer gave one
+       /import.json      release, source files with their SHA-256, every tensor's dtype and shape, what was ignored
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax import config as configs
+from vlm_jax import weight_rules
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.importers import hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers.release import Hints, Release, read_json
+
+RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE)}
+EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
+RECORD = "import.json"
+
+
+class Floats(collections.abc.Mapping):
+    """The file's tensors as float32, read one at a time."""
+
+    def __init__(self, tensors: Mapping[str, read.Tensor]):
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name].read().astype(np.float32)
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints | None = None, tokenizer: str = "",
+                   say=print) -> pathlib.Path:
+    """Imports a release's file or directory (or "hf:OWNER/NAME[@REVISION]") into the directory ``out``.
+
+    ``release`` "" finds out from the config files of a hub snapshot. Raises ConfigError: nothing is written then.
+    """
+    out, hints = pathlib.Path(out), hints or Hints()
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out={str(out)!r} is not empty: name a new directory")
+    origin: dict[str, Any] = {"source": src}
+    if src.startswith("hf:"):
+        path, origin["commit"] = hub.snapshot(src)
+    else:
+        path = pathlib.Path(src)
+    if not path.exists():
+        raise ConfigError(f"--src={src!r} does not exist")
+    folder = path if path.is_dir() else path.parent
+    release = release or guess_release(folder)
+    if release not in RELEASES:
+        raise ConfigError(f"--release={release!r} is not known{nearest(release, RELEASES)}")
+    layout = RELEASES[release]
+    if src.startswith("hf:"):
+        path = hub.weights(src, origin["commit"], layout.weights_files)
+    tensors = read.open_weights(path, prefer=layout.weights_files)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    sections = layout.describe(shapes, folder, hints)
+    if hints.size:
+        sections["data"]["size"] = hints.size
+    found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], say)
+    config = stage_config(layout, sections, found)
+    from vlm_jax import stage as stages  # jax from here on
+    from vlm_jax.train import checkpoint
+
+    stage = stages.resolve(config, "import", found)
+    targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving}.items()}
+    leaves, ignored = weight_rules.import_leaves(layout.rules(sections, shapes), layout.ignored, targets, Floats(tensors), f"{release}: {src}")
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
+        keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving}})
+    if found is not None:
+        found.save(str(out / "tokenizer"))
+    record = {"release": release, **origin, "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+              "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}, "ignored": sorted(ignored),
+              "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
+    (out / RECORD).write_text(json.dumps(record, indent=1))
+    (out / "config.json").write_text(configs.to_json(stage.config))      # last: a directory with it is whole
+    count = sum(int(np.prod(x.shape, dtype=np.int64)) for x in stage.plan.shapes.values())
+    say(f"{out}: {release}, {count:,} parameters from {len(tensors) - len(ignored)} tensors"
+        + (f" ({len(ignored)} ignored: {', '.join(sorted(ignored)[:3])}{', ...' if len(ignored) > 3 else ''})" if ignored else ""))
+    return out
+
+
+def guess_release(folder: pathlib.Path) -> str:
+    """The release of a directory, by its config files. Raises ConfigError."""
+    model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
+    if model:
+        return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
+    if read_json(folder, "config.json").get("model_type") == "clip":
+        return "hf_clip"
+    raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")
+
+
+def stage_config(layout: Release, sections: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> Any:
+    """The stage config of an imported model: its sizes, and a plain recipe that a config's own replaces."""
+    model = dict(sections["model"], scale=1 / 0.07, dtype="auto")
+    if tokenizer is not None:
+        model["tokens"] = dict(vocab=model["tokens"]["vocab"], bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    loss = dict(weights=dict(con=1.0, cap=2.0) if layout.system == "coca" else dict(con=1.0))
+    if "bias" in model:
+        loss["kind"] = "sigmoid"     # what such models were trained with
+    return configs.ConfigDict(configs.stage(
+        system=layout.system, model=model, loss=loss,
+        optim=dict(name="adamw", lr=1e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule="cosine", warmup="5%",
+                   clamps=(("logit_scale", 0.0, 4.605170185988092),), ema=0.0, max_bad_steps=10),
+        data=dict(train="", eval="", batch=64, tokenizer="", augment="random_resized_crop(scale=0.9..1)", **sections["data"]),
+        steps=1000))
+
+
+def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Path, say=print) -> pathlib.Path:
+    """Writes a trained or imported directory in a release's own layout: safetensors, configs, tokenizer.
+
+    Tensors of an import that training did not touch keep the source's dtype where that loses nothing, so that
+    exporting an import gives the source's bytes. Raises ConfigError for what that layout cannot hold.
+    """
+    if release not in EXPORTS:
+        raise ConfigError(f"--export={release!r} is not known{nearest(release, EXPORTS)}")
+    out = pathlib.Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out={str(out)!r} is not empty: name a new directory")
+    from vlm_jax import stage as stages
+
+    layout, folder = EXPORTS[release], stages.newest_stage(pathlib.Path(src))
+    config = configs.from_json((folder / "config.json").read_text())
+    if config.system != layout.system:
+        fitting = [name for name, r in EXPORTS.items() if r.system == config.system]
+        raise ConfigError(f"--export={release}: {folder} is a {config.system!r}{nearest(release, fitting) if fitting else ''}")
+    record = read_json(folder, RECORD)
+    known = record.get("tensors", {}) if record.get("release") == release else {}
+    leaves = stages.read_weights(folder)
+    sections = configs.to_plain(config)
+    arrays = weight_rules.export_leaves(layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()}), leaves, f"--export={release}")
+    arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    layout.write_config(config, out, arrays)
+    tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
+    tokenizer_files.write(release, tokenizer, config.data.length, out, say)
+    write.write_safetensors(out / layout.weights_files[0], arrays)
+    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}")
+    return out
+
+
+def as_stored(x: np.ndarray, dtype: str, shape: list[int]) -> np.ndarray:
+    """In the source's dtype and shape, where the values survive it."""
+    narrow = x.astype(write.dtype_of(dtype))
+    same = narrow.astype(x.dtype)
+    x = narrow if np.array_equal(same, x, equal_nan=True) else x
+    return x.reshape(shape) if x.size == np.prod(shape, dtype=int) else x
+
+
+def sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def imported(origin: str, folder: pathlib.Path, say=print) -> pathlib.Path:
+    """The directory under ``folder`` that holds the import of "hf:OWNER/NAME[@REVISION]"; imports it once."""
+    hub.parse(origin)
+    out = folder / re.sub(r"[^A-Za-z0-9_.@-]+", "--", origin.removeprefix("hf:"))     # the hub's names have no "--"
+    if not (out / "config.json").exists():
+        shutil.rmtree(out, ignore_errors=True)      # of a run that was killed meanwhile
+        import_release("", origin, out, say=say)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlm_jax.importers.cli", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--release", default="", help=f"import this layout: {', '.join(RELEASES)} (a hub snapshot tells by itself)")
+    what.add_argument("--export", default="", help=f"export to this layout: {', '.join(EXPORTS)}")
+    parser.add_argument("--src", required=True, help="import: file, directory or hf:OWNER/NAME[@REVISION]; export: our directory")
+    parser.add_argument("--out", default="", help="directory to write; new or empty")
+    parser.add_argument("--tokenizer", default="", help="import: a tokenizer, as data.tokenizer takes it (clip, clip:PATH, hf:PATH, sentencepiece:PATH)")
+    parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
+    for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
+    parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
+    parser.add_argument("--push", default="", help="export: upload the result to hf:OWNER/NAME")
+    args = parser.parse_args(argv)
+    try:
+        if not args.out:
+            raise ConfigError("--out is missing: the directory to write")
+        if args.export:
+            if args.push:
+                hub.parse(args.push)     # before anything is written
+            out = export_release(args.export, args.src, args.out)
+            if args.push:
+                print(f"pushed to {hub.push(out, args.push)}")
+        else:
+            if not args.release and not args.src.startswith("hf:"):
+                raise ConfigError(f"--release or --export is missing: one of {', '.join(RELEASES)}")
+            if args.push:
+                raise ConfigError("--push uploads an export; give --export as well")
+            hints = Hints(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Hints)})
+            import_release(args.release, args.src, args.out, hints, args.tokenizer)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 43
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

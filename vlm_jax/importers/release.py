@@ -1,0 +1,107 @@
+"""What an official release is to the importer: a table of rules, and how its files state sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.weight_rules import Rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What the command line says of things that a file may not tell; "" and 0 leave them to the file or the family."""
+    activation: str = ""
+    image_heads: int = 0
+    text_heads: int = 0
+    decoder_heads: int = 0
+    pooler_heads: int = 0
+    size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """One official layout.
+
+    describe: (tensor shapes, folder of the files, hints) -> the sections ``model`` and ``data`` of a stage.
+    rules: (those sections, tensor shapes) -> the table; read forwards by import, backwards by export.
+    ignored: regexes of tensors that hold no weights. resize: how its own code resizes a table of image positions.
+    weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
+    write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
+    (the first of ``weights_files``); None where nobody's loader would read an export.
+    """
+    name: str
+    system: str
+    describe: Callable[[Shapes, pathlib.Path, Hints], dict[str, dict[str, Any]]]
+    rules: Callable[[Mapping[str, Any], Shapes], Sequence[Rule]]
+    ignored: tuple[str, ...]
+    weights_files: tuple[str, ...] = ()
+    write_config: Callable[[Any, pathlib.Path, Collection[str]], None] | None = None
+    resize: str = "resize_positions"
+
+
+def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """A JSON file of the release, {} where there is none."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def settle(name: str, hint: Any, known: Any, default: Any) -> Any:
+    """What the file knows, else the hint, else the family's default. Raises ConfigError where hint and file disagree."""
+    if known not in (None, 0, ""):
+        if hint not in (None, 0, "", known):
+            raise ConfigError(f"--{name}={hint}, but the release has {known}; nearest: {known}")
+        return known
+    return hint or default
+
+
+def count_layers(shapes: Shapes, template: str) -> int:
+    """Layers named ``template`` with "{layer}": 0 .. n-1 must all be there."""
+    count = 0
+    while template.replace("{layer}", str(count)) in shapes:
+        count += 1
+    return count
+
+
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ConfigError(f"the file lacks {name!r}{nearest(name, shapes, 5)}: is it of this release?")
+    return tuple(shapes[name])
+
+
+def grid_of(positions: int) -> int:
+    """The side of a square grid of positions beside one class row."""
+    side = round(max(positions - 1, 0) ** 0.5)
+    if side * side != positions - 1 or not side:
+        raise ConfigError(f"a table of {positions} positions is no square grid with a class row")
+    return side
+
+
+def refuse_options(section: Mapping[str, Any], accepted: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an option of a foreign config that is neither known nor switched off.
+
+    ``accepted``: name -> None for an option that is read (or of no effect on the weights' use), else the only
+    value that is supported.
+    """
+    for key, value in section.items():
+        if key not in accepted:
+            if value in (None, False, 0, "", [], {}):
+                continue
+            raise ConfigError(f"{where}.{key}={value!r} is not supported{nearest(key, accepted)}")
+        if accepted[key] is not None and value not in accepted[key]:
+            raise ConfigError(f"{where}.{key}={value!r} is not supported; nearest: {accepted[key][0]!r}")

@@ -1,0 +1,93 @@
+"""Tokenizers beside official weights: found at import, written at export."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import ConfigError
+
+HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
+
+
+def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, int], say: Callable[[str], None]) -> Any:
+    """The tokenizer of an import, or None. ``given`` is the command line's; its misfit is an error, while one
+    that was merely found is left out, and ``say`` tells why."""
+    if given:
+        try:
+            found = tokenizers.load(given)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"--tokenizer: {error}") from error
+        if found.vocab_size > tokens["vocab"]:
+            raise ConfigError(f"--tokenizer={given!r} has {found.vocab_size} ids, the model's table {tokens['vocab']}; nearest: leave it out")
+        return found
+    try:
+        found, name = beside(release, folder)
+    except (FileNotFoundError, ValueError) as error:
+        say(f"no tokenizer: {error}. Ids work; for strings import again with --tokenizer")
+        return None
+    if found.vocab_size != tokens["vocab"]:
+        say(f"no tokenizer: {name} has {found.vocab_size} ids, the model's table {tokens['vocab']}. Ids work; for strings import again with --tokenizer")
+        return None
+    return found
+
+
+def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
+    """(the tokenizer of the release's own code, its name). Raises FileNotFoundError, ValueError."""
+    if release in HUGGING_FACE:
+        for name, opened in (("tokenizer.json", open_json), ("vocab.json", open_vocabulary)):
+            if (folder / name).is_file():
+                return opened(folder), name
+        return tokenizers.load("clip"), "CLIP's vocabulary"
+    section = json.loads((folder / "open_clip_config.json").read_text()).get("model_cfg", {}).get("text_cfg", {}) \
+        if (folder / "open_clip_config.json").is_file() else {}
+    if section.get("hf_tokenizer_name"):
+        return open_json(folder), "tokenizer.json"
+    if (folder / tokenizers.CLIP_FILE).is_file():
+        return tokenizers.load(f"clip:{folder / tokenizers.CLIP_FILE}"), tokenizers.CLIP_FILE
+    try:
+        return tokenizers.load("clip"), "CLIP's vocabulary"
+    except FileNotFoundError:
+        if (folder / "merges.txt").is_file():
+            return tokenizers.ClipTokenizer(gzip.compress((folder / "merges.txt").read_bytes(), mtime=0)), "merges.txt"
+        raise
+
+
+def open_json(folder: pathlib.Path) -> tokenizers.JsonTokenizer:
+    return tokenizers.load(f"hf:{folder / 'tokenizer.json'}")
+
+
+def open_vocabulary(folder: pathlib.Path) -> tokenizers.JsonTokenizer:
+    """CLIPTokenizer's vocab.json and merges.txt. Its text normalisation: NFC, single spaces, lower case."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    return tokenizers.JsonTokenizer(tokenizers.clip_json(vocabulary, merges).encode())
+
+
+def write(release: str, tokenizer: Any, length: int, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """The tokenizer as Hugging Face's loaders read it. open_clip's own needs none for CLIP's vocabulary."""
+    if tokenizer is None:
+        say("no tokenizer is written: the model came without one")
+        return
+    if tokenizer.kind == "clip":
+        vocabulary, merges = tokenizer.vocabulary()
+        content = tokenizers.clip_json(vocabulary, merges)
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n", encoding="utf-8")
+        special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+        config = dict(tokenizer_class="CLIPTokenizer", model_max_length=length, do_lower_case=True, errors="replace", **special)
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    elif tokenizer.kind == "json":
+        content = tokenizer.content()
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=length, **tokenizer.special_tokens())
+    else:
+        tokenizer.save(str(folder / "tokenizer"))
+        say(f"the {tokenizer.kind} tokenizer lies in tokenizer/: the layout {release} has no form for it")
+        return
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

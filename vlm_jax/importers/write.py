@@ -1,0 +1,33 @@
+"""Writes safetensors files: a length, a JSON header, the tensors' bytes (huggingface/safetensors, "Format")."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
+         "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+
+
+def dtype_of(name: str) -> np.dtype:
+    """numpy's dtype by name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Tensors by name, sorted; the header is padded to a multiple of 8 bytes, so that tensors lie aligned."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0       # "pt": transformers asks for it
+    for name in sorted(arrays):
+        x = arrays[name]
+        header[name] = {"dtype": NAMES[str(x.dtype)], "shape": list(x.shape), "data_offsets": [offset, offset + x.nbytes]}
+        offset += x.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(arrays):
+            file.write(np.asarray(arrays[name], order="C").tobytes())
