@@ -54,7 +54,7 @@ def scenes(res):
                    muon_exclude=(".*/table", ".*/vocab_kernel", ".*_pooler/query"),     # the stem's matrices are Muon's too
                    schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
-        data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
+        data=dict(train="scenes:train", eval="scenes:test", batch=56, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),   # free wording
                    retrieval_pair=dict(kind="retrieval", data="scenes:heldout_pair", examples=1000, options=dict(captions="first")),
@@ -62,7 +62,7 @@ def scenes(res):
                    caption_triple=dict(kind="caption", data="scenes:heldout_triple", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500),
                    zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=420, options=dict(templates="scene"))),
-        steps=1000, checkpoint=dict(every=500, keep=2))
+        steps=1140, checkpoint=dict(every=500, keep=2))
 
 
 def small(res):
@@ -73,7 +73,7 @@ def small(res):
         stage["model"][tower].update(few)
     stage["model"]["poolers"]["heads"] = 4
     stage["model"].update(mean=CLIP_MEAN, std=CLIP_STD)
-    stage["data"].update(train="", eval="", tokenizer="", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
+    stage["data"].update(train="", eval="", batch=64, tokenizer="", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
                          eval_augment="resize|center_crop", threads=2)
     stage["loss"]["duplicates"] = "positives"
     stage["optim"]["muon_lr"] = 0.05

@@ -70,6 +70,18 @@ def unbroken(tmp_path_factory):
     return workdir, end_of(workdir), output
 
 
+def test_a_run_killed_between_its_last_save_and_done_evaluates_again(unbroken, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    folder = stage_of(tmp_path / "run")
+    scores = json.loads((folder / "DONE").read_text())["scores"]
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "report")
+    code, output = finish(tmp_path / "run")
+    assert code == 0, output[-3000:]
+    assert scores and json.loads((folder / "DONE").read_text())["scores"] == scores
+    assert (folder / "report" / "report.html").exists()
+
+
 def test_a_run_leaves_what_the_readme_promises(unbroken):
     workdir, (step, _, rows), output = unbroken
     folder = stage_of(workdir)

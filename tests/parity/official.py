@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 VISION = dict(image_size=24, patch_size=6, width=24, head_width=8, layers=2)
+GENERATED = 9     # ids of a generated caption
 TEXT = dict(context_length=12, vocab_size=60, width=16, heads=2, layers=2)
 
 
@@ -63,7 +64,12 @@ def clip_answers(model, image, ids):
 
 def coca_answers(model, image, ids):
     out = model(image, ids, output_labels=False)     # all rows: with labels it drops the last one
-    return dict(image_embed=out["image_features"], text_embed=out["text_features"], logit_scale=out["logit_scale"].reshape(()), logits=out["logits"])
+    if not open_clip.coca_model._has_transformers:
+        raise SystemExit("open_clip's generate needs transformers below 4.57 (BeamSearchScorer)")
+    options = dict(seq_len=GENERATED, min_seq_len=1, sot_token_id=int(ids[0, 0]), eos_token_id=int(ids[0, -1]), fixed_output_length=True)
+    greedy = model.generate(image, generation_type="top_k", top_k=1, **options)
+    beam = model.generate(image, generation_type="beam_search", num_beams=3, num_beam_groups=1, **options)
+    return dict(greedy=greedy, beam=beam, image_embed=out["image_features"], text_embed=out["text_features"], logit_scale=out["logit_scale"].reshape(()), logits=out["logits"])
 
 
 def clip(name, release="open_clip", vision=(), text=(), lengths=(12, 3, 7), seed=0, script=False, hints=(), **model):

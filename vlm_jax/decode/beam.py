@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from vlm_jax.decode import choose
 from vlm_jax.decode.cache import gather_rows
+from vlm_jax.errors import nearest
+
+RULES = ("log_probability", "open_clip")
 
 
 class _Beams(NamedTuple):
@@ -24,7 +27,7 @@ class _Beams(NamedTuple):
 
 def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int, max_length: int, min_length: int,
            length_penalty: float, repetition_penalty: float, eos_ids: tuple[int, ...], pad_id: int,
-           batch_axis: Any) -> dict[str, jax.Array]:
+           batch_axis: Any, rule: str = "log_probability") -> dict[str, jax.Array]:
     """Keeps the ``beams`` likeliest unfinished texts of each row; returns its best finished one.
 
     Arguments and result as in ``generate``. Each step ranks all continuations by total
@@ -33,7 +36,14 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
     the best ``beams`` that do not end run on. A row closes when its places are full and the best
     running text, scored at its present length, does not beat the worst of them: a heuristic for
     length_penalty > 0, where a longer text may still score higher.
+
+    ``rule`` "open_clip" ranks as ``CoCa.generate`` of open_clip 3 does, so that captions are its own: raw logits are
+    summed, not log-probabilities; the prompt counts as length; at ``max_length`` the running texts compete
+    beside those that end there; a row closes by its best continuation, ended ones included.
     """
+    if rule not in RULES:
+        raise ValueError(f"beam_rule={rule!r} is not known{nearest(rule, RULES)}")
+    theirs = rule == "open_clip"
     ends = jnp.array(eos_ids, jnp.int32)
     batch, start = prompt.shape
     first_row = jnp.arange(batch)[:, None] * beams          # of each example, in the flat [b*k] order
@@ -41,7 +51,8 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
     def advance(state: _Beams, logits) -> tuple[_Beams, jax.Array]:
         """Adds one id to every hypothesis. Also returns which row [b*k] each one came from."""
         vocab = logits.shape[-1]
-        scores = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocab)
+        logits = logits.astype(jnp.float32)
+        scores = (logits if theirs else jax.nn.log_softmax(logits)).reshape(batch, beams, vocab)
         scores = choose.penalise_repetition(scores, state.text, state.position, repetition_penalty)
         scores = choose.forbid_early_end(scores, state.position, min_length, eos_ids)
         totals = (state.total[:, :, None] + scores).reshape(batch, beams * vocab)
@@ -50,17 +61,21 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
         source, token = index // vocab, (index % vocab).astype(jnp.int32)
         text = jnp.take_along_axis(state.text, source[:, :, None], axis=1).at[:, :, state.position].set(token)
         position = state.position + 1
-        length = (position - start).astype(jnp.float32) ** length_penalty
-
-        stops = jnp.isin(token, ends) | (position == max_length)
-        may_end = stops & (jnp.arange(totals.shape[1]) < beams) & ~state.closed[:, None]
-        pool = jnp.concatenate([state.score, jnp.where(may_end, totals / length, -jnp.inf)], axis=1)
-        score, best = jax.lax.top_k(pool, beams)
-        ended = jnp.take_along_axis(jnp.concatenate([state.ended, text], axis=1), best[:, :, None], axis=1)
-
+        last = position == max_length
+        stops = jnp.isin(token, ends) | (last & (not theirs))
         total, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, totals), beams)
         running = jnp.take_along_axis(text, best[:, :, None], axis=1)
-        closed = state.closed | (total[:, 0] / length <= score[:, -1])
+
+        length = (position if theirs else position - start).astype(jnp.float32) ** length_penalty
+        open_ = ~state.closed[:, None]
+        may_end = stops & (jnp.arange(totals.shape[1]) < beams) & open_
+        pool = [state.score, jnp.where(may_end, totals / length, -jnp.inf)]
+        texts = [state.ended, text]
+        if theirs:
+            pool, texts = [*pool, jnp.where(last & open_, total / length, -jnp.inf)], [*texts, running]
+        score, kept = jax.lax.top_k(jnp.concatenate(pool, axis=1), beams)
+        ended = jnp.take_along_axis(jnp.concatenate(texts, axis=1), kept[:, :, None], axis=1)
+        closed = state.closed | ((totals if theirs else total)[:, 0] / length <= score[:, -1])
         rows = first_row + jnp.take_along_axis(source, best, axis=1)
         return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
 

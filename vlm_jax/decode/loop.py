@@ -17,7 +17,7 @@ METHODS = ("greedy", "beam", "sample")
 def generate(prefill: Callable, extend: Callable, prompt: jax.Array, *, method: str = "greedy", beams: int = 1,
              max_length: int, min_length: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              length_penalty: float = 1.0, repetition_penalty: float = 1.0, eos_ids: int | tuple[int, ...],
-             pad_id: int, key: jax.Array | None = None, batch_axis: Any = 0) -> dict[str, jax.Array]:
+             pad_id: int, key: jax.Array | None = None, batch_axis: Any = 0, beam_rule: str = "log_probability") -> dict[str, jax.Array]:
     """Continues each prompt until an end or ``max_length``.
 
     Args:
@@ -35,6 +35,7 @@ def generate(prefill: Callable, extend: Callable, prompt: jax.Array, *, method: 
         pad_id: fills the text after its end.
         key: PRNG key; "sample" needs one.
         batch_axis: the rows' axis in the cache; see ``cache.gather_rows``.
+        beam_rule: what "beam" ranks by, "log_probability" or "open_clip"; see ``beam.search``.
 
     Returns:
         ``text`` int32 [b,max_length]: prompt, continuation, its end, padding.
@@ -71,7 +72,7 @@ def generate(prefill: Callable, extend: Callable, prompt: jax.Array, *, method: 
     if method == "beam":
         return beam.search(prefill, extend, prompt, beams=beams, max_length=max_length, min_length=min_length,
                            length_penalty=length_penalty, repetition_penalty=repetition_penalty, eos_ids=eos_ids,
-                           pad_id=pad_id, batch_axis=batch_axis)
+                           pad_id=pad_id, batch_axis=batch_axis, rule=beam_rule)
 
     def pick(logits, text, position):
         logits = choose.penalise_repetition(logits, text, position, repetition_penalty)

@@ -66,7 +66,7 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
                            decoder=dict(layout="double", width=width, layers=layers, mlp_dim=mlp_dim, activation=activation,
                                         heads=open_clip.heads("decoder_heads", hints.decoder_heads, known_heads, width)),
                            poolers=dict(layout="open_clip", queries=queries, heads=pooler_heads), embed=embed, norm="layernorm", **normal,
-                           tokens=open_clip.tokens(vocab, section)),
+                           beam_rule="open_clip", tokens=open_clip.tokens(vocab, section)),
                 data=dict(size=pixels, length=found["length"], eval_augment=chain))
 
 

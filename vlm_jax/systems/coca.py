@@ -47,6 +47,7 @@ class CoCa(nn.Module):
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     scale: float = 1 / 0.07
+    beam_rule: str = "log_probability"
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -107,8 +108,10 @@ class CoCa(nn.Module):
 
 def build_model(*, image: dict, text: dict, decoder: dict, poolers: dict, embed: int, tokens: dict, size: int, length: int,
                 norm: str = "layernorm", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), scale: float = 1 / 0.07,
-                dtype: str = "auto") -> CoCa:
-    """The module of a config's ``model`` section; ``size`` and ``length`` come from its data section."""
+                beam_rule: str = "log_probability", dtype: str = "auto") -> CoCa:
+    """The module of a config's ``model`` section; ``size`` and ``length`` come from its data section.
+
+    ``beam_rule``: how beam search ranks captions unless told otherwise, see ``decode.beam.search``."""
     dtype = compute_dtype(dtype)
     shared = dict(norm=norm, dtype=dtype)
     image = vit.ViT(**sizes(vit.VARIANTS, image_size=size, **shared, **image))
@@ -117,7 +120,7 @@ def build_model(*, image: dict, text: dict, decoder: dict, poolers: dict, embed:
     upper = multimodal.MultimodalDecoder(**sizes(
         multimodal.VARIANTS, vocab=tokens["vocab"], memory_width=caption.width, **shared, **decoder))
     return CoCa(image, lower, upper, caption, contrast, embed=embed, pooler=layout, norm=norm, mean=tuple(mean), std=tuple(std),
-                scale=scale, dtype=dtype)
+                scale=scale, beam_rule=beam_rule, dtype=dtype)
 
 
 def build_text(*, tokens: dict, length: int, **fields: Any) -> text.TextTransformer:
@@ -198,7 +201,7 @@ def build(config: Any) -> System:
             return logits[:, -1], (), cache
 
         return decode(prefill, extend, prompt, method=method, beams=beams, max_length=max_length or limit, key=key,
-                      eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis=1, **options)
+                      eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis=1, **{"beam_rule": model.beam_rule, **options})
 
     return System(model, init, loss, {
         "embed": functools.partial(embed, model), "features": functools.partial(features, model),
