@@ -2,8 +2,9 @@
 
     python -m benchmarks.loss_memory [--rows 1024 4096 ...] [--width 512] [--out FILE.json]
 
-Prints, per device, the temporary bytes that XLA plans for value and gradient, on one device and on
-eight virtual ones (batch split over them), and the ratio plain / ours.
+Prints, per device, the temporary bytes that XLA plans for value and gradient, on one device and on eight virtual ones (batch
+split over them): the plain formula, what open_clip's ``--local-loss --gather-with-grad`` holds (each device's rows against the
+gathered features of all), and ours; then the same with a fixed number of rows a device, on 1 to 8 devices.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax  # noqa: E402  (after the flags it reads)
 import jax.numpy as jnp  # noqa: E402
+from jax.sharding import PartitionSpec  # noqa: E402
 
 from vlm_jax import partitioning  # noqa: E402
 from vlm_jax.losses.captioning import caption_nll, captioning  # noqa: E402
@@ -33,6 +35,25 @@ def plain_contrastive(image, text, scale):
     logits = scale * image @ text.T
     lse = jax.nn.logsumexp(logits, 1) + jax.nn.logsumexp(logits, 0)
     return (lse / 2 - jnp.diagonal(logits)).mean()
+
+
+def local_contrastive(image, text, scale):
+    """open_clip's ClipLoss with local_loss and gather_with_grad: [rows of a device, batch] logits, twice."""
+    def local(image, text, scale):
+        rows, first = len(image), jax.lax.axis_index("data") * len(image)
+        labels = first + jnp.arange(rows)
+
+        def entropy(mine, all_):
+            log_p = jax.nn.log_softmax(scale * mine @ all_.T)
+            return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+
+        every = [jax.lax.all_gather(x, "data", tiled=True) for x in (image, text)]
+        return jax.lax.pmean((entropy(image, every[1]) + entropy(text, every[0])) / 2, "data")
+
+    if not partitioning.current_sizes():
+        return plain_contrastive(image, text, scale)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(local, in_specs=(rows, rows, whole), out_specs=whole)(image, text, scale)
 
 
 def plain_sigmoid(image, text, scale):
@@ -68,20 +89,20 @@ def compare(rows: Sequence[int], caption_rows: Sequence[int], width: int) -> lis
     """One record per loss, batch and number of devices: temporary bytes of ours and of the plain formula."""
     records = []
 
-    def record(name, batch, devices, ours, plain, shapes, wrt):
-        measured = {"loss": name, "batch": batch, "devices": devices,
-                    "ours": temporary_bytes(ours, shapes, wrt, devices),
-                    "plain": temporary_bytes(plain, shapes, wrt, devices)}
+    def record(name, batch, devices, ours, plain, shapes, wrt, local=None):
+        measured = {"loss": name, "batch": batch, "devices": devices, "plain": temporary_bytes(plain, shapes, wrt, devices),
+                    "local_loss": temporary_bytes(local, shapes, wrt, devices) if local else None,
+                    "ours": temporary_bytes(ours, shapes, wrt, devices)}
         records.append(measured)
-        print(f"| {name:<11} | {devices} | {batch:>7,} | {measured['plain'] / 2**20:>9,.1f} | "
-              f"{measured['ours'] / 2**20:>8,.1f} | {measured['plain'] / measured['ours']:>6.1f} |", flush=True)
+        mib = [f"{measured[k] / 2**20:,.1f}" if measured[k] is not None else "" for k in ("plain", "local_loss", "ours")]
+        print(f"| {name} | {devices} | {batch:,} | {' | '.join(mib)} | {measured['plain'] / measured['ours']:.1f} |", flush=True)
 
-    print("| loss        | devices | batch | plain MiB | ours MiB | plain / ours |\n|---|---|---|---|---|---|")
+    print("| loss | devices | batch | plain MiB | local_loss MiB | ours MiB | plain / ours |\n|---|---|---|---|---|---|---|")
     f32 = jnp.float32
     for devices in (1, 8):
         for batch in rows:
             shapes = (((batch, width), f32, "batch"), ((batch, width), f32, "batch"), ((), f32, "none"))
-            record("contrastive", batch, devices, lambda *a: contrastive(*a)[0], plain_contrastive, shapes, (0, 1, 2))
+            record("contrastive", batch, devices, lambda *a: contrastive(*a)[0], plain_contrastive, shapes, (0, 1, 2), local_contrastive)
             record("sigmoid", batch, devices, lambda *a: sigmoid(*a, -10.0)[0], plain_sigmoid, shapes, (0, 1, 2))
         for batch in caption_rows:
             length, d, vocab = CAPTION["length"], CAPTION["width"], CAPTION["vocab"]
@@ -89,12 +110,19 @@ def compare(rows: Sequence[int], caption_rows: Sequence[int], width: int) -> lis
                       ((batch, length), jnp.int32, "batch"), ((batch, length), bool, "batch"))
             for loss in (captioning, caption_nll):
                 record(loss.__name__, batch, devices, lambda *a: ratio_of_sums(*loss(*a)), plain_captioning, shapes, (0, 1))
+    for devices in (1, 2, 4, 8):      # batch and devices grow together
+        batch = devices * 8192
+        shapes = (((batch, width), f32, "batch"), ((batch, width), f32, "batch"), ((), f32, "none"))
+        record("contrastive", batch, devices, lambda *a: contrastive(*a)[0], plain_contrastive, shapes, (0, 1, 2), local_contrastive)
+        batch, length, d, vocab = devices * 16, CAPTION["length"], CAPTION["width"], CAPTION["vocab"]
+        shapes = (((batch, length, d), f32, "batch"), ((d, vocab), f32, "none"), ((batch, length), jnp.int32, "batch"), ((batch, length), bool, "batch"))
+        record("captioning", batch, devices, lambda *a: ratio_of_sums(*captioning(*a)), plain_captioning, shapes, (0, 1))
     return records
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--rows", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536],
+    flags.add_argument("--rows", type=int, nargs="+", default=[1024, 8192, 32768, 65536, 262144],
                        help="global batches of the contrastive losses")
     flags.add_argument("--caption-rows", type=int, nargs="+", default=[16, 64, 256],
                        help="global batches of the captioning losses (77 tokens, 49,408 ids)")

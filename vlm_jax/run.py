@@ -29,15 +29,17 @@ from vlm_jax import evals, partitioning
 from vlm_jax.console import Console
 from vlm_jax.data import pipeline
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.importers import cli
 from vlm_jax.stage import (
+    IMPORTED,
     Checkpoints,
     Eval,
     Logging,
     Optim,
     Stage,
     bind,
-    fetch_origins,
     folder_of,
+    hub_origins,
     init_rules,
     make_optimizer,
     open_origin,
@@ -73,7 +75,9 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
                           "give this one a --workdir of its own") from None
     with lock:
         for name in names:      # what comes from the hub is here before the first stage trains
-            fetch_origins(config, built[name], workdir)
+            if not (folder_of(config, workdir, name) / "config.json").exists():
+                for origin in hub_origins(built[name]):
+                    cli.imported(origin, workdir / IMPORTED)
         for name in names:
             code = run_stage(config, built[name], workdir, eval_only=eval_only, console=console)
             if code:

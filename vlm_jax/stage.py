@@ -25,8 +25,12 @@ from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
 from vlm_jax.data.order import order_of
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.importers import hub
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
+
+
+IMPORTED = "imported"     # in a work directory: what came from the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +218,8 @@ def folder_of(config: ConfigDict, workdir: pathlib.Path, name: str) -> pathlib.P
 
 
 def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pathlib.Path:
-    """The stage directory of an origin: "@stage", a directory, or "hf:OWNER/NAME[@REVISION]", which is imported
-    into workdir/imported/ first. Raises ConfigError."""
+    """The stage directory of an origin: "@stage", a directory, or "hf:OWNER/NAME[@REVISION]", which ``run`` has
+    imported into the work directory. Raises ConfigError."""
     if origin.startswith("@"):
         folder = folder_of(config, workdir, origin[1:])
         if not (folder / "DONE").exists():
@@ -223,20 +227,15 @@ def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pat
                               f"run --stage={origin[1:]} first")
         return folder
     if origin.startswith("hf:"):
-        from vlm_jax.importers import cli       # a command among commands; only where it is asked for
-        return cli.imported(origin, pathlib.Path(workdir) / "imported")
+        return newest_stage(pathlib.Path(workdir) / IMPORTED / hub.folder_name(origin))
     return newest_stage(pathlib.Path(origin))
 
 
-def fetch_origins(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> None:
-    """Imports what a stage's ``init`` names on the hub, unless the stage has begun. Raises ConfigError."""
-    if (folder_of(config, workdir, stage.name) / "config.json").exists():
-        return
+def hub_origins(stage: Stage) -> list[str]:
+    """What a stage's ``init`` takes from the hub."""
     given = (stage.config.init,) if isinstance(stage.config.init, str) else stage.config.init
-    for rule in given:
-        origin = rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0]
-        if origin.startswith("hf:"):
-            origin_folder(config, workdir, origin)
+    origins = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
+    return [origin for origin in origins if origin.startswith("hf:")]
 
 
 def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mapping[str, np.ndarray]:

@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -182,8 +181,7 @@ def sha256(path: pathlib.Path) -> str:
 
 def imported(origin: str, folder: pathlib.Path, say=print) -> pathlib.Path:
     """The directory under ``folder`` that holds the import of "hf:OWNER/NAME[@REVISION]"; imports it once."""
-    hub.parse(origin)
-    out = folder / re.sub(r"[^A-Za-z0-9_.@-]+", "--", origin.removeprefix("hf:"))     # the hub's names have no "--"
+    out = folder / hub.folder_name(origin)
     if not (out / "config.json").exists():
         shutil.rmtree(out, ignore_errors=True)      # of a run that was killed meanwhile
         import_release("", origin, out, say=say)

@@ -38,6 +38,12 @@ def parse(path: str) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
+def folder_name(path: str) -> str:
+    """A name of its own for each hub path; names on the hub have no "--"."""
+    parse(path)
+    return re.sub(r"[^A-Za-z0-9_.@-]+", "--", path.removeprefix("hf:"))
+
+
 def snapshot(path: str) -> tuple[pathlib.Path, str]:
     """(local folder, commit) of a model on the hub, with the files that describe it and not yet its weights. Raises ConfigError."""
     folder = _fetch(path, DESCRIPTIONS)
