@@ -198,13 +198,26 @@ def require_peer(*modules: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores in use and present, memory, system, and the load before the measurement."""
+    """CPU model, cores in use and present, memory, system, and how many cores are at work before the measurement."""
     told = pathlib.Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"cpu": models[0] if models else platform.processor(), "threads": len(os.sched_getaffinity(0)), "cores": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "system": platform.platform(), "load": os.getloadavg()[0]}
+            "system": platform.platform(), "busy": busy_cores()}
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores at work now, over all processes (Linux; 0 elsewhere). The load average still tells of the minute before."""
+    def spent():
+        found = pathlib.Path("/proc/stat")
+        ticks = [int(x) for x in found.read_text().splitlines()[0].split()[1:9]] if found.exists() else [1, 0, 0, 0, 0]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)      # idle and iowait
+
+    busy, whole = spent()
+    time.sleep(seconds)
+    busy, whole = (now - before for now, before in zip(spent(), (busy, whole)))
+    return round((os.cpu_count() or 1) * busy / whole, 2) if whole else 0.0
 
 
 def versions(*more: str) -> dict[str, str | None]:
@@ -242,9 +255,9 @@ def report(given: argparse.Namespace, title: str, machine: Mapping[str, Any], bl
 def conditions(found: Mapping[str, Any]) -> None:
     """Prints the machine and the versions of a measurement."""
     where = found["machine"]
-    if where["load"] > 0.5:
-        print(f"\nThe machine was at work before (load {where['load']:.2f}): these ratios say little.")
-    print(f"\n{where['cpu']}, {where['threads']} of {where['cores']} cores, {where['memory_gib']} GiB, load {where['load']:.2f} before; "
+    if where["busy"] > 0.2:
+        print(f"\nOther work took {where['busy']:.2f} cores when it began: these ratios say little.")
+    print(f"\n{where['cpu']}, {where['threads']} of {where['cores']} cores, {where['memory_gib']} GiB, {where['busy']:.2f} cores busy before; "
           + ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
 
 

@@ -204,6 +204,9 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model = found.get("model_cfg", found if "vision_cfg" in found else {})
     for name, options in (("vision_cfg", VISION_OPTIONS), ("text_cfg", TEXT_OPTIONS)):
         if name in model:
+            sides = model[name].get("patch_size")
+            if isinstance(sides, list) and len(set(sides)) == 1:      # [14, 14]
+                model[name] = {**model[name], "patch_size": sides[0]}
             refuse_options(model[name], options, f"{CONFIG}: {name}")
     return model, found.get("preprocess_cfg", {})
 
