@@ -16,6 +16,7 @@ import numpy as np
 from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
+from vlm_jax.data.lengths import Lengths, token_lengths
 from vlm_jax.data.order import order_of
 from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
@@ -62,20 +63,25 @@ class _Steps:
     """step -> (batch or None, samples seen, offences); pure."""
 
     def __init__(self, reader: _Reader, tokenizer: Tokenizer, order, *, batch: int, length: int, seed: int,
-                 buckets: Sequence[int]):
+                 buckets: Sequence[int], lengths: Lengths | None):
         self.reader, self.tokenizer, self.order = reader, tokenizer, order
-        self.batch, self.length, self.seed = batch, length, seed
+        self.batch, self.length, self.seed, self.lengths = batch, length, seed, lengths
         self.buckets = (*sorted(buckets), length)
         if self.buckets[0] < 2 or any(b >= length for b in self.buckets[:-1]):
             raise ValueError(f"buckets={tuple(buckets)} must lie between 2 and length={length}, which is always one")
 
     def __call__(self, step: int):
         positions = np.arange(step * self.batch, (step + 1) * self.batch)
+        indices = self.order.index(positions)
+        bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
         image = np.empty((self.batch, size, size, 3), np.uint8)
         texts, keys, offences, seen = [], [], [], 0
-        for row, (position, index) in enumerate(zip(positions.tolist(), self.order.index(positions).tolist())):
+        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
             for attempt in range(1, MAX_ATTEMPTS + 1):
+                if bucket is not None and self.holding(int(self.lengths[index])) > bucket:      # a replacement that the batch cannot hold
+                    index = self.order.replacement(position, attempt)
+                    continue
                 seen += 1
                 try:
                     image[row], text, sample = self.reader(index, np.random.default_rng((self.seed, position, attempt)))
@@ -88,11 +94,15 @@ class _Steps:
             texts.append(text)
             keys.append(sample["key"])
         text, mask, _ = self.tokenizer(texts, self.length)
-        longest = int(mask.sum(axis=1).max())
-        length = next(b for b in self.buckets if b >= longest)
+        length = bucket or self.holding(int(mask.sum(axis=1).max()))
         return {"image": image, "text": text[:, :length], "text_mask": mask[:, :length],
                 "caption_id": np.array([hash31(normalise_caption(t)) for t in texts], np.int32),
                 "image_id": np.array([hash31(k) for k in keys], np.int32)}, seen, offences
+
+
+    def holding(self, tokens: int) -> int:
+        """The smallest bucket for a caption of ``tokens``; the last one cuts what is longer."""
+        return next((b for b in self.buckets if b >= tokens), self.length)
 
 
 class _Batches:
@@ -148,7 +158,8 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     and restarts do not change it.
 
     ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
-    caption. That is told from all rows of the global batch, so it is right for one process that reads them all.
+    caption. Which one follows from (seed, step) and the column of caption lengths (``lengths.token_lengths``), so that processes
+    which read parts of a batch agree; a source without that column is told by all rows of the batch, once they are read.
 
     A bad sample is replaced by another, drawn from (seed, position, attempt), counted by reason, and written to
     ``quarantine_path``; past ``bad_budget`` (``bad.Ledger``) BadDataError is raised. Raises ValueError for a
@@ -158,7 +169,7 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
         raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}: at least 1, 1, 2 and 0")
     reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels)
     steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed,
-                   buckets=buckets)
+                   buckets=buckets, lengths=token_lengths(source, tokenizer) if buckets else None)
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return TrainBatches(steps, start_step, stop_step, threads, prefetch, ledger)
 

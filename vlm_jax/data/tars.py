@@ -10,7 +10,7 @@ Index file: magic, header length, JSON header (stamp of the tar, what was left o
 distinct sets of member extensions with their counts, columns), then the columns, 64-byte aligned:
 ``set`` uint16 [n] (which extensions the sample has, sorted), ``first`` int64 [n+1] (its first row
 in the member columns), ``offset`` and ``size`` int64 [members], ``key_end`` int64 [n] and ``keys``
-uint8 (UTF-8), ``caption_bytes`` int32 [n] (length of the .txt member, 0 without one).
+uint8 (UTF-8).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -250,21 +251,20 @@ def build_index(path: str, stamp: list) -> bytes:
             samples = _scan(path, lambda offset, size: os.pread(file.fileno(), size, offset), stamp[0], counts)
 
     sets: dict[tuple[str, ...], int] = {}
-    set_of, first, offset, size, caption = [], [0], [], [], []
+    set_of, first, offset, size = [], [0], [], []
     for kinds in samples.values():
         names = tuple(sorted(kinds))
         set_of.append(sets.setdefault(names, len(sets)))
         offset += [kinds[k][0] for k in names]
         size += [kinds[k][1] for k in names]
         first.append(len(offset))
-        caption.append(min(kinds.get("txt", (0, 0))[1], 2**31 - 1))
     if len(sets) > 2**16:
         raise ValueError(f"{path} has {len(sets)} different sets of member extensions; keys must end at the first dot")
     keys = [key.encode() for key in samples]
     columns = {"set": np.array(set_of, np.uint16), "first": np.array(first, np.int64),
                "offset": np.array(offset, np.int64), "size": np.array(size, np.int64),
                "key_end": np.cumsum([len(k) for k in keys], dtype=np.int64),
-               "keys": np.frombuffer(b"".join(keys), np.uint8), "caption_bytes": np.array(caption, np.int32)}
+               "keys": np.frombuffer(b"".join(keys), np.uint8)}
     per_set = np.bincount(columns["set"], minlength=len(sets)).tolist()
     header = {"stamp": stamp, "counts": dict(counts), "samples": len(samples),
               "sets": [[list(names), count] for names, count in zip(sets, per_set)],
@@ -427,14 +427,17 @@ class TarSource(RecordSource):
         shard, row = self._place(i)
         return f"{os.path.basename(self.paths[shard]).removesuffix('.tar')}/{self._indices[shard].key(row)}"
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32 [n]: bytes of each sample's .txt caption (0 without one), from the index alone."""
-        parts = []
-        for index in self._indices:
-            usable = np.array([not self._lacks(names) for names, _ in index.sets], bool)
-            parts.append(index.caption_bytes[usable[index.set]] if index.samples else index.caption_bytes)
-        return np.concatenate(parts)
+    def rows_of(self, shard: int) -> range:
+        """The numbers of a tar's samples."""
+        return range(self._start[shard], self._start[shard + 1])
+
+    def stamp(self, shard: int) -> Any:
+        """What a tar was when it was indexed; differs once its size or time of change does."""
+        return self._indices[shard].stamp
+
+    def index_places(self, shard: int) -> list[str]:
+        """Where files beside a tar's index may lie, best first."""
+        return index_places(self.paths[shard])
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, bytes]:
         shard, row = self._place(i)
@@ -475,6 +478,15 @@ class TarSource(RecordSource):
         return os.pread(file.fileno(), size, offset)
 
 
+def _with_lengths(path: str, caption: str, tokenizer: str) -> TarIndex:
+    """A tar's index, and beside it the column of its captions' lengths where a tokenizer is named."""
+    index = open_index(path)
+    if tokenizer and index.samples:
+        from vlm_jax.data import lengths, tokenizers
+        lengths.token_lengths(TarSource(path, caption), tokenizers.load(tokenizer))
+    return index
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     import argparse
     import multiprocessing
@@ -483,12 +495,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      description="Builds tar indices ahead of training.")
     parser.add_argument("pattern", help="paths with braces or globs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--tokenizer", default="", help="also count the captions' tokens, for data.buckets (a name as in data.tokenizer)")
+    parser.add_argument("--caption", default="txt", help="with --tokenizer: the caption field, as in data.caption")
     args = parser.parse_args(argv)
     paths = find_tars(args.pattern)
     counts: collections.Counter[str] = collections.Counter()
     samples = 0
     with concurrent.futures.ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for path, index in zip(paths, pool.map(open_index, paths)):
+        for path, index in zip(paths, pool.map(_with_lengths, paths, itertools.repeat(args.caption), itertools.repeat(args.tokenizer))):
             counts.update(index.counts)
             samples += index.samples
             print(f"{path}: {index.samples} samples, left out {index.counts or 'nothing'} -> {index.path}", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import html
 import importlib.util
 import io
@@ -66,6 +67,13 @@ class Tokenizer:
             ids[i, :len(row)] = row
             mask[i, :len(row)] = True
         return ids, mask, cut
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers of the same files."""
+        told = hashlib.sha256(self.kind.encode())
+        for name, content in sorted(self._files().items()):
+            told.update(name.encode() + content)
+        return told.hexdigest()
 
     def save(self, folder: str) -> None:
         """Writes everything that ``load(folder)`` needs."""
