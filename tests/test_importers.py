@@ -159,6 +159,17 @@ def test_a_tokenizer_that_does_not_fit_is_an_error_when_named(tmp_path):
         cli.import_release("open_clip", str(STORED / "open_clip_odd"), tmp_path / "out", tokenizer=spec, say=quiet)
 
 
+def test_a_tokenizer_whose_end_is_not_the_models_is_refused(tmp_path):
+    """This model pools at the first id 3: a tokenizer that ends texts otherwise would answer, and wrongly."""
+    table = np.random.default_rng(0).standard_normal((517, 16)).astype(np.float32)
+    folder = copy_with("open_clip_eos_bias", tmp_path / "src", **{"text.token_embedding.weight": table})
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["vocab_size"] = 517
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="ends texts with id 516, the model pools at id 3"):
+        cli.import_release("open_clip", str(folder), tmp_path / "out", tokenizer=f"clip:{tiny_bpe(tmp_path / 'bpe.txt.gz')}", say=quiet)
+
+
 def test_preprocessing_comes_along(tmp_path):
     shutil.copytree(STORED / "open_clip_quickgelu", tmp_path / "src")
     config = json.loads((tmp_path / "src" / "open_clip_config.json").read_text())

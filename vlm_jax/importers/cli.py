@@ -83,7 +83,7 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size
-    found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], say)
+    found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
     config = stage_config(layout, sections, found)
     from vlm_jax import stage as stages  # jax from here on
     from vlm_jax.train import checkpoint

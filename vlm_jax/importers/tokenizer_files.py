@@ -14,9 +14,14 @@ from vlm_jax.errors import ConfigError
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
-def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, int], say: Callable[[str], None]) -> Any:
+def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, int], end: str, say: Callable[[str], None]) -> Any:
     """The tokenizer of an import, or None. ``given`` is the command line's; its misfit is an error, while one
-    that was merely found is left out, and ``say`` tells why."""
+    that was merely found is left out, and ``say`` tells why. A model that pools at its end id (``end`` "eos") needs
+    the tokenizer's to be the same."""
+    def misfit(found):
+        if end == "eos" and found.eos_id != tokens["eos"]:
+            return f"ends texts with id {found.eos_id}, the model pools at id {tokens['eos']}"
+        return ""
     if given:
         try:
             found = tokenizers.load(given)
@@ -24,14 +29,17 @@ def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, in
             raise ConfigError(f"--tokenizer: {error}") from error
         if found.vocab_size > tokens["vocab"]:
             raise ConfigError(f"--tokenizer={given!r} has {found.vocab_size} ids, the model's table {tokens['vocab']}; nearest: leave it out")
+        if misfit(found):
+            raise ConfigError(f"--tokenizer={given!r} {misfit(found)}; nearest: leave it out")
         return found
     try:
         found, name = beside(release, folder)
     except (FileNotFoundError, ValueError) as error:
         say(f"no tokenizer: {error}. Ids work; for strings import again with --tokenizer")
         return None
-    if found.vocab_size != tokens["vocab"]:
-        say(f"no tokenizer: {name} has {found.vocab_size} ids, the model's table {tokens['vocab']}. Ids work; for strings import again with --tokenizer")
+    why = misfit(found) or ("" if found.vocab_size == tokens["vocab"] else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
+    if why:
+        say(f"no tokenizer: {name} {why}. Ids work; for strings import again with --tokenizer")
         return None
     return found
 
