@@ -15,3 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+# A file runs on one worker: the long ones first, so that no worker ends alone with one of them.
+LONGEST = ("test_run", "test_step", "test_parity", "test_importers", "test_importers_hub", "test_systems", "test_load", "test_losses")
+
+
+def pytest_collection_modifyitems(items):
+    names = [item.path.stem for item in items]
+    order = sorted(range(len(items)), key=lambda i: LONGEST.index(names[i]) if names[i] in LONGEST else len(LONGEST))
+    items[:] = [items[i] for i in order]
