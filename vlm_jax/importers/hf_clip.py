@@ -56,12 +56,12 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
         raise ConfigError(f"config.json: model_type={config['model_type']!r} is not supported; nearest: 'clip'")
     # old files state overrides in *_config_dict
     vision, words = ({**defaults, **(config.get(f"{k}_config") or {}), **(config.get(f"{k}_config_dict") or {})} for k, defaults in (("vision", VISION), ("text", TEXT)))
-    image, pixels = _tower(shapes, vision, "vision_model", "image_heads", hints)
+    image = _tower(shapes, vision, "vision_model", "image_heads", hints)
     width, _, patch, _ = shape_of(shapes, "vision_model.embeddings.patch_embedding.weight")
     check(vision, "vision_config", hidden_size=width, patch_size=patch)
     pixels = patch * grid_of(shape_of(shapes, "vision_model.embeddings.position_embedding.weight")[0])
     check(vision, "vision_config", image_size=pixels)
-    body, _ = _tower(shapes, words, "text_model", "text_heads", hints)
+    body = _tower(shapes, words, "text_model", "text_heads", hints)
     vocab, width = shape_of(shapes, "text_model.embeddings.token_embedding.weight")
     length = shape_of(shapes, "text_model.embeddings.position_embedding.weight")[0]
     check(words, "text_config", hidden_size=width, vocab_size=vocab, max_position_embeddings=length)
@@ -76,8 +76,8 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
                 data=dict(size=pixels, length=length, eval_augment=chain))
 
 
-def _tower(shapes: Shapes, section: Mapping[str, Any], name: str, flag: str, hints: Hints) -> tuple[dict[str, Any], int]:
-    """The section of one tower."""
+def _tower(shapes: Shapes, section: Mapping[str, Any], name: str, flag: str, hints: Hints) -> dict[str, Any]:
+    """What both towers' sections have in common."""
     where = name.replace("_model", "_config")
     layers = count_layers(shapes, f"{name}.encoder.layers.{{layer}}.layer_norm1.weight")
     mlp_dim, width = shape_of(shapes, f"{name}.encoder.layers.0.mlp.fc1.weight")
@@ -86,7 +86,7 @@ def _tower(shapes: Shapes, section: Mapping[str, Any], name: str, flag: str, hin
         raise ConfigError(f"config.json: {where}.hidden_act={section['hidden_act']!r} is not supported{nearest(section['hidden_act'], ACTIVATIONS)}")
     return dict(width=width, layers=layers, mlp_dim=mlp_dim, eps=float(section["layer_norm_eps"]),
                 heads=open_clip.heads(flag, getattr(hints, flag), section["num_attention_heads"], width),
-                activation=settle("activation", hints.activation, ACTIVATIONS[section["hidden_act"]], "")), width
+                activation=settle("activation", hints.activation, ACTIVATIONS[section["hidden_act"]], ""))
 
 
 def check(section: Mapping[str, Any], where: str, **found: int) -> None:
