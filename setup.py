@@ -37,6 +37,6 @@ setup(
         "hub": ["huggingface_hub>=2.4"],
         # open_clip's generate needs BeamSearchScorer, which transformers 4.57 dropped
         "bench": ["open_clip_torch[training]>=3.3", "transformers>=4.55,<4.57"],
-        "parity": ["open_clip_torch>=3.3", "transformers>=4.55"],
+        "parity": ["open_clip_torch>=3.3", "transformers>=4.55,<4.57"],
     },
 )

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests.test_step import batch_of, stage_of, weights
-from tests.tiny import config
+from tests.tiny import config, tiny
 from vlm_jax import stage as stages
+from vlm_jax.errors import ConfigError
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.system import Context
 from vlm_jax.train.state import merge
@@ -174,3 +175,12 @@ def test_patch_dropout_is_for_training_alone():
 
 def loss_of_context(stage, variables, batch, context):
     return float(jax.jit(lambda v, b: stage.system.loss(v, {}, b, context)[0])(variables, batch))
+
+
+def test_a_text_tower_that_looks_at_padding_takes_no_buckets():
+    for field in (dict(causal="none"), dict(pooling="last")):
+        stage = tiny("clip", buckets=(16,)).stages.pretrain
+        with stage.model.text.unlocked():
+            stage.model.text.update(field)
+        with pytest.raises(ConfigError, match="buckets"):
+            stages.resolve(stage, "pretrain")

@@ -52,14 +52,14 @@ def linear(target: str, source: str) -> tuple[Rule, ...]:
     return ((f"{target}/kernel", f"{source}.weight", "dense"), (f"{target}/bias", f"{source}.bias", "copy"))
 
 
-def attention(target: str, source: str, out: str = "out_proj", weights: str = "joined") -> tuple[Rule, ...]:
+def attention(target: str, source: str, weights: str = "joined") -> tuple[Rule, ...]:
     """torch's MultiheadAttention. ``weights`` "joined": one in_proj_weight; "apart": q_, k_ and v_proj_weight
     (keys of another width), the biases joined all the same."""
     rules: list[Rule] = []
     for i, role in enumerate(("query", "key", "value")):
         weight = f"{source}.in_proj_weight[{i}/3]" if weights == "joined" else f"{source}.{role[0]}_proj_weight"
         rules += [(f"{target}/{role}/kernel", weight, "to_heads"), (f"{target}/{role}/bias", f"{source}.in_proj_bias[{i}/3]", "heads")]
-    return (*rules, (f"{target}/out/kernel", f"{source}.{out}.weight", "from_heads"), (f"{target}/out/bias", f"{source}.{out}.bias", "copy"))
+    return (*rules, (f"{target}/out/kernel", f"{source}.out_proj.weight", "from_heads"), (f"{target}/out/bias", f"{source}.out_proj.bias", "copy"))
 
 
 def blocks(target: str, source: str) -> tuple[Rule, ...]:
@@ -68,8 +68,8 @@ def blocks(target: str, source: str) -> tuple[Rule, ...]:
             *linear(f"{target}/mlp/up", f"{layer}.mlp.c_fc"), *linear(f"{target}/mlp/down", f"{layer}.mlp.c_proj"))
 
 
-def vit_rules(resize: str = "resize_positions") -> tuple[Rule, ...]:
-    return (("image/class_embed", "visual.class_embedding", "copy"), ("image/position_embed", "visual.positional_embedding", resize),
+def vit_rules() -> tuple[Rule, ...]:
+    return (("image/class_embed", "visual.class_embedding", "copy"), ("image/position_embed", "visual.positional_embedding", "resize_positions"),
             ("image/patch_embed/projection/kernel", "visual.conv1.weight", "patches"), *norm("image/input_norm", "visual.ln_pre"),
             *blocks("image/blocks", "visual.transformer"))
 
@@ -84,7 +84,7 @@ def batch_norm(target: str, source: str) -> tuple[Rule, ...]:
             (f"batch_stats/{target}/var", f"{source}.running_var", "copy"))
 
 
-def resnet_rules(resize: str = "resize_positions") -> tuple[Rule, ...]:
+def resnet_rules() -> tuple[Rule, ...]:
     block, source = r"image/stage(\d)_block(\d+)", r"visual.layer\1.\2"
     pool = [(f"image/pool/attn/{role}/kernel", f"visual.attnpool.{role[0]}_proj.weight", "to_heads") for role in ("query", "key", "value")]
     pool += [(f"image/pool/attn/{role}/bias", f"visual.attnpool.{role[0]}_proj.bias", "heads") for role in ("query", "key", "value")]
@@ -92,7 +92,7 @@ def resnet_rules(resize: str = "resize_positions") -> tuple[Rule, ...]:
             (rf"{block}/conv([123])/conv/kernel", rf"{source}.conv\3.weight", "conv"), *batch_norm(rf"{block}/conv([123])/norm", rf"{source}.bn\3"),
             (rf"{block}/shortcut/conv/kernel", rf"{source}.downsample.0.weight", "conv"),
             *batch_norm(rf"{block}/shortcut/norm", rf"{source}.downsample.1"),
-            ("image/pool/position_embed", "visual.attnpool.positional_embedding", resize), *pool,
+            ("image/pool/position_embed", "visual.attnpool.positional_embedding", "resize_positions"), *pool,
             ("image/pool/attn/out/kernel", "visual.attnpool.c_proj.weight", "from_heads"),
             ("image/pool/attn/out/bias", "visual.attnpool.c_proj.bias", "copy"))
 

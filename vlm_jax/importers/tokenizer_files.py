@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
+from vlm_jax.importers.release import read_json
 
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
@@ -51,9 +52,7 @@ def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
             if (folder / name).is_file():
                 return opened(folder), name
         return tokenizers.load("clip"), "CLIP's vocabulary"
-    section = json.loads((folder / "open_clip_config.json").read_text()).get("model_cfg", {}).get("text_cfg", {}) \
-        if (folder / "open_clip_config.json").is_file() else {}
-    if section.get("hf_tokenizer_name"):
+    if read_json(folder, "open_clip_config.json").get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
         return open_json(folder), "tokenizer.json"
     if (folder / tokenizers.CLIP_FILE).is_file():
         return tokenizers.load(f"clip:{folder / tokenizers.CLIP_FILE}"), tokenizers.CLIP_FILE

@@ -145,6 +145,8 @@ def build(config: Any) -> System:
     model = configs.call(build_model, config.model, "model", size=data.size, length=data.length)
     options = configs.call(build_loss, config.loss, "loss")
     microbatch = data.microbatch
+    if data.buckets and (getattr(model.text, "causal", "causal") == "none" or getattr(model.text, "pooling", "eot") == "last"):
+        raise ConfigError(f"data.buckets={tuple(data.buckets)}: this text tower looks at padding, so that a cropped text gives another result; nearest: ()")
     batch_norm = isinstance(model.image, resnet.ModifiedResNet)
     if batch_norm and microbatch and microbatch < data.batch:
         raise ConfigError(f"data.microbatch={microbatch}: BatchNorm's statistics are of the whole batch and cannot be "
