@@ -22,6 +22,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11",
         "tokenizers>=0.21",
+        "scipy>=1.13",
         "fsspec",
         "ml_dtypes>=0.5",
         "filelock>=3.13",

@@ -8,6 +8,9 @@ python -m vlm_jax.main --config=configs/clip.py:b32 --config.stages.pretrain.dat
 python -m vlm_jax.main --config=configs/clip.py:small --config.stages.pretrain.data.train='tars:/data/emoji/{00..03}.tar' ...
     64-pixel images, 14M parameters: for small collections; see docs/results.md.
 text=cbow trains the bag-of-words text encoder instead of the transformer.
+python -m vlm_jax.main --config=configs/clip.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+    --config.stages.finetune.data.train=folder:/photos
+    Goes on from trained or imported weights (tune=full|head|lora); task=classes for class folders.
 """
 
 from vlm_jax import config as c
@@ -33,14 +36,30 @@ MAX_SCALE = 4.605170185988092   # ln 100
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", "small", *SIZES), res=0, text=("transformer", "cbow"))
+    args = c.parse_arg(arg, size=("scenes", "small", *SIZES), res=0, text=("transformer", "cbow"), tune=c.TUNES, task=("captions", "classes"))
     if args.size == "scenes":
         pretrain = scenes(args.res or 48, args.text)
     elif args.size == "small":
         pretrain = small(args.res or 64, args.text)
     else:
         pretrain = published(args.size, args.res, args.text)
-    return c.stages(("pretrain",), pretrain=pretrain)
+    return c.stages(("pretrain",), pretrain=pretrain, finetune=finetune(args.size, args.tune, args.task))
+
+
+def finetune(size, tune, task):
+    """Own pairs or class folders. Rates for published weights; what was trained here is small and takes larger ones."""
+    own = size in ("scenes", "small")
+    lr = {"full": 5e-4 if own else 1e-5, "head": 2e-3 if own else 1e-3, "lora": 2e-3 if own else 5e-4}[tune]
+    if task == "classes":
+        evals = dict(zeroshot=dict(kind="zeroshot", data="", examples=0, every="1epoch", options=dict(templates="photo")))
+    else:
+        evals = dict(retrieval=dict(kind="retrieval", data="", examples=2000, every="1epoch"))
+    return c.finetune(
+        "clip", tune=tune, heads="(image_head|image_pooler|image/pool|text_head|logit_scale)(/.*)?",
+        loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
+        optim=dict(lr=lr, clamps=(("logit_scale", 0.0, MAX_SCALE),)), data={},
+        evals=dict(evals, old=dict(kind="retrieval", data="scenes:test", examples=500, options=dict(captions="first"))) if size == "scenes" else evals,
+        select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0))
 
 
 def text_tower(kind, variant, **fields):

@@ -6,6 +6,9 @@ python -m vlm_jax.main --config=configs/coca.py
 python -m vlm_jax.main --config=configs/coca.py:base --config.stages.pretrain.data.train='tars:gs://bucket/{00000..41455}.tar' \\
     --config.stages.pretrain.data.eval=tars:... --config.stages.pretrain.data.tokenizer=sentencepiece:/path/64k.model
     A size of the paper (base, large, 2b) or of open_clip (b32_open, l14_open) on your own pairs; ``small`` for few of them.
+python -m vlm_jax.main --config=configs/coca.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+    --config.stages.finetune.data.train=folder:/photos
+    Goes on from trained or imported weights (tune=full|head|lora), for captions or retrieval; task=classes for class folders.
 """
 
 from vlm_jax import config as c
@@ -22,7 +25,7 @@ MAX_SCALE = 4.605170185988092   # ln 100
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", "small", *PAPER, *OPEN), res=0)
+    args = c.parse_arg(arg, size=("scenes", "small", *PAPER, *OPEN), res=0, tune=c.TUNES, task=("captions", "classes"))
     if args.size == "scenes":
         pretrain = scenes(args.res or 48)
     elif args.size == "small":
@@ -31,7 +34,25 @@ def get_config(arg=""):
         pretrain = paper(args.size, args.res or 288)
     else:
         pretrain = open_clip(args.size, args.res or 224)
-    return c.stages(("pretrain",), pretrain=pretrain)
+    return c.stages(("pretrain",), pretrain=pretrain, finetune=finetune(args.size, args.tune, args.task))
+
+
+def finetune(size, tune, task):
+    """Section 4.2: captioning and retrieval go on with the losses of pre-training at a small rate. Class folders train by
+    their prompts. What was trained here is small and takes larger rates."""
+    own = size in ("scenes", "small")
+    lr = {"full": 5e-4 if own else 1e-5, "head": 2e-3 if own else 1e-3, "lora": 2e-3 if own else 5e-4}[tune]
+    if task == "classes":
+        scored = dict(zeroshot=dict(kind="zeroshot", data="", examples=0, every="1epoch", options=dict(templates="photo")))
+    else:
+        scored = dict(retrieval=dict(kind="retrieval", data="", examples=1000, every="1epoch"), caption=dict(kind="caption", data="", examples=500, every=0))
+    if size == "scenes":
+        scored |= dict(old=dict(kind="retrieval", data="scenes:test", examples=500, options=dict(captions="first")))
+    return c.finetune(
+        "coca", tune=tune, heads="(image_head|text_head|\\w*pooler|logit_scale)(/.*)?",
+        loss=dict(weights=dict(con=1.0, cap=2.0), directions="mean", duplicates="positives"),
+        optim=dict(lr=lr, clamps=(("logit_scale", 0.0, MAX_SCALE),)), data={}, evals=scored,
+        select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0))
 
 
 def evals(source):

@@ -18,6 +18,8 @@ SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 def tables(name, arg):
     """file name -> table, for every stage of the config."""
     for stage_name, section in config(name, arg).stages.items():
+        if section.model == stages.INHERIT:      # the model of another stage
+            continue
         section.data.tokenizer = section.data.tokenizer if section.data.train else ""
         for key, value in section.model.tokens.items():
             if not section.data.tokenizer:

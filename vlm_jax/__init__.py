@@ -1,8 +1,27 @@
-"""vlm_jax: train vision-language models in JAX. ``vlm_jax.load(DIR)`` opens a trained or imported one."""
+"""vlm_jax: train vision-language models in JAX.
+
+``vlm_jax.load(DIR)`` opens a trained or imported model, ``vlm_jax.train(config, workdir)`` runs a config.
+"""
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
+from vlm_jax import train
+
 __version__ = "0.1.0"
+
+
+class _Train(types.ModuleType):
+    """The package ``vlm_jax.train`` is what trains, so it can be called to do so."""
+
+    def __call__(self, config: Any, workdir: Any, **options: Any) -> Any:
+        from vlm_jax.run import train
+        return train(config, workdir, **options)
+
+
+train.__class__ = _Train
 
 
 def __getattr__(name: str):

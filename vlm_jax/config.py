@@ -7,8 +7,10 @@ misspelt or unread key is an error before anything is compiled.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,10 +18,13 @@ from ml_collections import ConfigDict
 
 from vlm_jax.errors import ConfigError, nearest
 
-STAGE_KEYS = ("system", "model", "loss", "trainable", "init", "optim", "data", "evals", "steps", "checkpoint", "log",
-              "mesh", "rules", "seed")
+STAGE_KEYS = ("system", "model", "loss", "lora", "trainable", "init", "optim", "data", "evals", "steps", "select", "checkpoint",
+              "log", "mesh", "rules", "seed")
+DEFAULTS: Mapping[str, Any] = dict(
+    loss={}, lora={}, trainable=(".*",), init=(), evals={}, select={}, seed=0, rules="dp", mesh=dict(data=0, fsdp=0, tensor=0),
+    checkpoint=dict(every=1000, keep=2), log=dict(every=10, tensorboard=False, wandb=""))
 # May differ between a run and its resumption; every other change is refused by name.
-MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
+MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
               "data.eval", "mesh", "rules")
 
 
@@ -57,13 +62,9 @@ def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:
 
 def stage(**sections: Any) -> dict[str, Any]:
     """One complete stage: ``sections`` over the defaults that hold for every system."""
-    defaults: dict[str, Any] = dict(
-        loss={}, trainable=(".*",), init=(), evals={}, seed=0, rules="dp",
-        mesh=dict(data=0, fsdp=0, tensor=0), checkpoint=dict(every=1000, keep=2),
-        log=dict(every=10, tensorboard=False, wandb=""))
-    out = {**defaults, **sections}
+    out = {**DEFAULTS, **sections}
     for key in ("checkpoint", "log", "mesh"):
-        out[key] = {**defaults[key], **out[key]}
+        out[key] = {**DEFAULTS[key], **out[key]}
     unknown = set(out) - set(STAGE_KEYS)
     missing = set(STAGE_KEYS) - set(out)
     if unknown:
@@ -80,6 +81,27 @@ def stages(order: tuple[str, ...], **named: Mapping[str, Any]) -> ConfigDict:
         if name not in named:
             raise ConfigError(f"stage_order names {name!r}, which is not a stage{nearest(name, named)}")
     return ConfigDict(dict(stage_order=tuple(order), stages=dict(named)))
+
+
+TUNES = ("full", "head", "lora")
+
+
+def finetune(system: str, *, tune: str, heads: str, optim: Mapping[str, Any], data: Mapping[str, Any], layer_decay: float = 0.75,
+             **sections: Any) -> dict[str, Any]:
+    """A stage that goes on from other weights, with their model, sizes and tokenizer (``model="init"``).
+
+    tune: what trains. "full": everything, lower layers slower by ``layer_decay`` a layer; "head": what ``heads``
+    (a regex over parameter paths) matches; "lora": adapters beside the blocks' products, and the temperature.
+    """
+    return stage(**{**dict(
+        system=system, model="init", init="@pretrain",
+        lora=dict(rank=16, alpha=32.0) if tune == "lora" else {},
+        trainable={"full": (".*",), "head": (heads,), "lora": (".*/lora_[ab]", "logit_scale")}[tune],
+        optim=dict(dict(name="adamw", b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05 if tune == "full" else 0.0, schedule="cosine", warmup="10%",
+                        clip_norm=1.0, layer_decay=layer_decay if tune == "full" else 1.0, ema=0.0, max_bad_steps=10), **optim),
+        data=dict(dict(train="", eval="", batch=64, microbatch=0, size=0, length=0, tokenizer="", augment="random_resized_crop(scale=0.6..1)",
+                       eval_augment="", caption="", label="", threads=2, prefetch=4, bad_budget=0.01), **data),
+        steps="5epochs", checkpoint=dict(every="1epoch", keep=2)), **sections})
 
 
 def check_stage(name: str, stage_config: Mapping[str, Any]) -> None:
@@ -136,6 +158,21 @@ def from_json(text: str) -> ConfigDict:
             return {k: freeze(v) for k, v in value.items()}
         return tuple(freeze(v) for v in value) if isinstance(value, list) else value
     return ConfigDict(freeze(json.loads(text)))
+
+
+def from_file(name: str) -> ConfigDict:
+    """The config of "configs/clip.py:small", as ``--config`` reads it. A path that does not exist here is looked for in
+    the checkout that vlm_jax was installed from. Raises ConfigError."""
+    text, _, arg = name.partition(":")
+    here, checkout = pathlib.Path(text), pathlib.Path(__file__).resolve().parents[1] / text
+    path = here if here.exists() else checkout
+    if not path.is_file():
+        beside = sorted(str(pathlib.Path(text).parent / p.name) for p in checkout.parent.glob("*.py"))
+        raise ConfigError(f"config {text!r} does not exist{nearest(text, beside) if beside else ''}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,7 +34,7 @@ def amount(n: float, unit: str = "") -> str:
 
 class Console:
     def __init__(self):
-        self.rich = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
+        self.rich = RichConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 140)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)
@@ -49,7 +49,7 @@ class Console:
             yield
         self.say(f"{what}: {time.perf_counter() - began:.1f} s")
 
-    def overview(self, name: str, folder: Any, plan: Any, mesh: Any, config: Mapping[str, Any],
+    def overview(self, name: str, folder: Any, plan: Any, mesh: Any, config: Mapping[str, Any], steps: int,
                  example: Mapping[str, Any], program: Any, source: Any) -> None:
         """Towers and parameters, mesh, memory forecast, one decoded example with its tokens."""
         towers = Table(title=f"{config['system']}, stage {name} -> {folder}", box=box.SIMPLE, title_justify="left")
@@ -72,8 +72,8 @@ class Console:
                 self.say(f"memory forecast per device: {amount(held + temporary, 'B')} (state and batch {amount(held, 'B')}, "
                          f"temporaries {amount(temporary, 'B')})")
         data = config["data"]
-        self.say(f"data: {data['train']}: {len(source):,} samples, batch {data['batch']}, {config['steps']} steps = "
-                 f"{config['steps'] * data['batch'] / max(1, len(source)):.3g} epochs")
+        self.say(f"data: {data['train']}: {len(source):,} samples, batch {data['batch']}, {steps} steps = "
+                 f"{steps * data['batch'] / max(1, len(source)):.3g} epochs")
         self.say(f"captions: {example['tokens_mean']:.1f} tokens on average, {example['tokens_max']} at most, cut to {data['length']}: "
                  f"{example['truncated']:.1%} (of {example['captions']} looked at)")
         self.say(f"example {example['key']!r}: {example['caption']!r}\n  ids {example['ids']}\n  read back: {example['decoded']!r}; "
@@ -108,9 +108,9 @@ class Console:
                 self.say(f"{name} {step}/{total}  {describe(row)}" + (f"  left {left:.0f} s" if step > first[1] else ""))
         yield plain
 
-    def scores(self, scores: Mapping[str, float], step: int) -> None:
+    def scores(self, scores: Mapping[str, float], step: int | None = None) -> None:
         """Each score with its interval, chance and baselines beside it; counts of items are left to the files."""
-        table = Table(title=f"scores at step {step}", box=box.SIMPLE, title_justify="left")
+        table = Table(title="scores" if step is None else f"scores at step {step}", box=box.SIMPLE, title_justify="left")
         table.add_column("score", no_wrap=True, overflow="ignore")
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("95% interval", justify="right", no_wrap=True)

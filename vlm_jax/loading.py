@@ -92,6 +92,7 @@ def load(directory: str | pathlib.Path) -> Model:
     config = configs.from_json((folder / "config.json").read_text())
     tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
     config.data.tokenizer = config.data.tokenizer if tokenizer is not None else ""
+    config.lora, config.trainable = {}, (".*",)      # adapters are merged
     stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
     leaves = stages.read_weights(folder)
     missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)

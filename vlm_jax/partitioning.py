@@ -35,7 +35,7 @@ RULES = {"dp": ("data",), "fsdp": ("data", "fsdp"), "fsdp_tp": ("data", "fsdp", 
 AXES: Mapping[str, tuple[str, ...]] = {
     # weights
     "embed": ("fsdp",), "heads": ("tensor",), "head_dim": (), "mlp": ("tensor",), "vocab": ("tensor",),
-    "layers": (), "joint": (), "position": (), "patch": (), "norm": (), "query": (),
+    "layers": (), "joint": (), "position": (), "patch": (), "norm": (), "query": (), "rank": (),
     "conv_h": (), "conv_w": (), "conv_in": (), "conv_out": ("fsdp",),
     # activations
     "batch": ("data", "fsdp"), "length": (), "act_embed": (), "act_heads": ("tensor",),

@@ -26,11 +26,14 @@ from vlm_jax.data import pipeline, sources, tokenizers
 from vlm_jax.data.order import order_of
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import hub
+from vlm_jax.nn import lora
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
 
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
+NO_ADAPTER = r"(?!.*/lora_\w+$).*"     # where weights come from, adapters were merged
+BEST, RESULT = "best", "result"     # in a stage directory: weights at the best evaluation; the weights that it is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """every: steps between saves; keep: how many stay."""
-    every: int = 1000
+    """every: a duration between saves; keep: how many stay."""
+    every: int | str = 1000
     keep: int = 2
 
 
@@ -85,16 +88,30 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Select:
+    """Which weights are the result of a stage; by default the last step's.
+
+    metric: an evaluation's score, such as "retrieval/text_to_image/R@1": the weights at the evaluation where it was
+    highest, the start included. average: the trained weights' share in an average with those that the stage started
+    from (WiSE-FT, arXiv 2109.01903), 1 for no average; what ``init`` left fresh is not averaged.
+    """
+    metric: str = ""
+    average: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
-    every: steps between runs, 0 for the last step only; a run every ``every`` steps also ends the training.
+    every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
+    fitted on, "" for data.train.
     """
     kind: str
     data: Any = ""
+    train: Any = ""
     examples: int = 0
     batch: int = 128
-    every: int = 0
+    every: int | str = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -106,6 +123,30 @@ class Stage:
     data: Data
     tokenizer: Any
     system: System
+    adapters: lora.Adapters | None = None
+
+    @functools.cached_property
+    def merged(self) -> "Stage":
+        """The stage without adapters: what its weights are for once they are merged into the kernels."""
+        if self.adapters is None:
+            return self
+        config = ConfigDict(configs.to_plain(self.config))
+        config.lora, config.trainable = {}, (".*",)
+        return resolve(config, self.name, self.tokenizer)
+
+    @functools.cached_property
+    def examples(self) -> int:
+        """Samples of an epoch."""
+        return len(self.open(self.data.train))
+
+    def steps(self, duration: int | str, where: str) -> int:
+        """A duration (train/optim.py: 1000, "5%", "3epochs", "50000examples") in steps. Raises ConfigError."""
+        total = None if where == "steps" else total_steps(self)
+        try:
+            return optim.steps(duration, batch=self.data.batch, total=total,
+                               examples_per_epoch=self.examples if "ep" in str(duration) else None)
+        except ValueError as error:
+            raise ConfigError(f"stages.{self.name}.{where}={duration!r}: {error}") from error
 
     @functools.cached_property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -163,8 +204,9 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and
     must agree with it elsewhere. Raises ConfigError.
     """
+    stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
-    stage_config = ConfigDict(configs.to_plain(stage_config))
+    stage_config.data.train, stage_config.data.eval = train_and_eval(stage_config.data)
     data = configs.call(Data, stage_config.data, f"stages.{name}.data")
     stage_config.data = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}     # defaults written out
     for field in ("batch", "size", "length"):
@@ -190,7 +232,10 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
                           f"{nearest(stage_config.system, system_names())}")
     module = importlib.import_module(f"vlm_jax.systems.{stage_config.system}")
     system = configs.call(module.build, {}, f"stages.{name}", stage_config)
-    return Stage(name, stage_config, data, tokenizer, system)
+    if not stage_config.lora:
+        return Stage(name, stage_config, data, tokenizer, system)
+    adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
+    return Stage(name, stage_config, data, tokenizer, configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters), adapters)
 
 
 def make_optimizer(stage: Stage):
@@ -198,14 +243,45 @@ def make_optimizer(stage: Stage):
     section = {k: v for k, v in stage.config.optim.items() if k not in Optim.__dataclass_fields__}
     shapes = {p: x.shape for p, x in stage.plan.trained.items()}
     axes = {p: stage.plan.axes[p] for p in shapes}
+    epochs = any("ep" in str(v) for v in configs.flatten(section).values() if isinstance(v, str))
     return configs.call(optim.make_optimizer, section, f"stages.{stage.name}.optim", axes, shapes,
-                        total_steps=total_steps(stage), batch=stage.data.batch)
+                        total_steps=total_steps(stage), batch=stage.data.batch, examples_per_epoch=stage.examples if epochs else None)
+
+
+OWN_TOKENIZER = "train:"     # data.tokenizer="train:2000": at most so many pieces, from the training captions
+
+
+def pieces(section: ConfigDict) -> int:
+    """The vocabulary that a stage's tokenizer is to be trained with; 0 where it is another tokenizer."""
+    text = str(section.data.get("tokenizer", ""))
+    if not text.startswith(OWN_TOKENIZER):
+        return 0
+    try:
+        return int(text.removeprefix(OWN_TOKENIZER))
+    except ValueError:
+        raise ConfigError(f"data.tokenizer={text!r} has no number of pieces; nearest: {OWN_TOKENIZER}2000") from None
+
+
+def train_and_eval(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The two sources of a data section. With data.eval empty, a part of data.train is held out by the hash of its keys."""
+    train, held = data["train"], data["eval"]
+    if not isinstance(train, str) or not train or held or "#" in train or ";" in train or train.startswith("scenes"):
+        return train, held
+    return f"{train}#train", f"{train}#val"
+
+
+def open_stage(config: ConfigDict, workdir: pathlib.Path, name: str) -> Stage:
+    """A stage of a config, with what it inherits and the tokenizer that was trained for it. Raises ConfigError."""
+    folder = folder_of(config, workdir, name)
+    section = inherit(config, workdir, name)
+    own = tokenizers.load(str(folder / "tokenizer")) if pieces(section) else None
+    return resolve(section, name, own)
 
 
 def total_steps(stage: Stage) -> int:
-    steps = int(stage.config.steps)
+    steps = stage.steps(stage.config.steps, "steps")
     if steps < 1:
-        raise ConfigError(f"stages.{stage.name}.steps={steps} must be at least 1")
+        raise ConfigError(f"stages.{stage.name}.steps={stage.config.steps} must be at least 1")
     return steps
 
 
@@ -231,11 +307,47 @@ def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pat
     return newest_stage(pathlib.Path(origin))
 
 
-def hub_origins(stage: Stage) -> list[str]:
+def origins(section: ConfigDict) -> list[str]:
+    """Where a stage's ``init`` takes weights from, in its order."""
+    given = (section.init,) if isinstance(section.init, str) else section.init
+    sources = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
+    return list(dict.fromkeys(origin for origin in sources if origin))
+
+
+def hub_origins(section: ConfigDict) -> list[str]:
     """What a stage's ``init`` takes from the hub."""
-    given = (stage.config.init,) if isinstance(stage.config.init, str) else stage.config.init
-    origins = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
-    return [origin for origin in origins if origin.startswith("hf:")]
+    return [origin for origin in origins(section) if origin.startswith("hf:")]
+
+
+INHERIT = "init"      # as ``model``: that of the weights which the stage starts from
+
+
+def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
+    """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length,
+    tokenizer and eval_augment where they say 0 or "". Raises ConfigError for an origin that is of another system."""
+    section = ConfigDict(configs.to_plain(config.stages[name]))
+    plain = configs.to_plain(section)
+    if plain.get("model") != INHERIT:
+        return section
+    found = origins(section)
+    if not found:
+        raise ConfigError(f"stages.{name}.model={INHERIT!r} takes the model from what init names, which is nothing; "
+                          "nearest: init=@pretrain, or a trained or imported directory")
+    if found[0].startswith("@") and found[0][1:] in config.stages:
+        origin = inherit(config, workdir, found[0][1:])
+        tokenizer = origin.data.tokenizer
+        if pieces(origin):
+            tokenizer = str(folder_of(config, workdir, found[0][1:]) / "tokenizer")
+    else:
+        folder = origin_folder(config, workdir, found[0])
+        origin = configs.from_json((folder / "config.json").read_text())
+        tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").exists() else ""
+    if origin.system != section.system:
+        raise ConfigError(f"stages.{name}.init={found[0]!r} is a {origin.system!r}, the stage a {section.system!r}; "
+                          f"nearest: --config=configs/{origin.system}.py")
+    given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""))
+    data = {**plain["data"], **{key: plain["data"].get(key) or value for key, value in given.items()}}
+    return ConfigDict({**plain, "model": configs.to_plain(origin.model), "data": data})
 
 
 def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mapping[str, np.ndarray]:
@@ -257,16 +369,21 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         source, positions = rule.rstrip(":") + ":", "image/(.*/)?position_embed"
         if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
             rules.append((positions, source, resize))
-        rules.append((".*", source, "copy"))
+        rules.append((NO_ADAPTER, source, "copy"))
     return rules
 
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All leaves a model needs (parameters and statistics) from a stage's newest good checkpoint; the
-    averaged weights where there are some. Raises ConfigError."""
+    """All leaves a model needs (parameters and statistics): the stage's result where it chose one (``Select``), else
+    its newest good checkpoint; the averaged weights where there are some, adapters merged. Raises ConfigError."""
+    return lora.merge(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
+
+
+def read_leaves(folder: pathlib.Path, which: str) -> dict[str, np.ndarray]:
+    """The leaves of a stage as they were trained, from one of its series of checkpoints. Raises ConfigError."""
     def read(collection):
         try:
-            return checkpoint.load_params(folder / "checkpoints", collections=(collection,))
+            return checkpoint.load_params(folder / which, collections=(collection,))
         except ValueError:      # nothing stored under that name
             return {}
     try:

@@ -360,7 +360,7 @@ def train(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> Sen
     return SentencePieceTokenizer(out.getvalue())
 
 
-def _captions(name: str, limit: int, caption: str | None) -> Iterable[str]:
+def captions(name: str, limit: int, caption: str | None) -> Iterable[str]:
     """Up to ``limit`` captions of a text file (one a line) or a data source, spread over it evenly."""
     if os.path.isfile(name):
         with open(name, encoding="utf-8") as file:
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_parser.add_argument("--model", default="bpe", choices=("bpe", "unigram"))
     train_parser.add_argument("--limit", type=int, default=1_000_000, help="captions to read")
     args = parser.parse_args(argv)
-    tokenizer = train(_captions(args.input, args.limit, args.caption), args.vocab, args.model)
+    tokenizer = train(captions(args.input, args.limit, args.caption), args.vocab, args.model)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} pieces")
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.evals import caption, retrieval, zeroshot
+from vlm_jax.evals import caption, probe, retrieval, zeroshot
 from vlm_jax.evals.evaluation import Evaluation, write_items
 
 KINDS: Mapping[str, Callable[..., Evaluation]] = {
-    "caption": caption.evaluate, "retrieval": retrieval.evaluate, "zeroshot": zeroshot.evaluate}
+    "caption": caption.evaluate, "probe": probe.evaluate, "retrieval": retrieval.evaluate, "zeroshot": zeroshot.evaluate}
 
 
 def run(kind: str, predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
+from vlm_jax.nn.lora import LowRank, low_rank
 from vlm_jax.partitioning import current_sizes, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
@@ -150,6 +151,13 @@ def per_device(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return run
 
 
+class Map(NamedTuple):
+    """A map to or from heads: its kernel, and its bias and adapter where it has them."""
+    kernel: jax.Array
+    bias: jax.Array | None
+    adapter: LowRank | None
+
+
 class Projection(nn.Module):
     """The parameters of one map to or from heads, without the product: ``kernel`` and ``bias``."""
     shape: tuple[int, ...]
@@ -161,12 +169,13 @@ class Projection(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self) -> Map:
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape, jnp.float32)
-        if not self.use_bias:
-            return kernel.astype(self.dtype), None
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes), self.bias_shape, jnp.float32)
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes), self.bias_shape,
+                              jnp.float32).astype(self.dtype)
+        return Map(kernel.astype(self.dtype), bias, low_rank(self))
 
 
 class Attention(nn.Module):
@@ -251,15 +260,15 @@ class Attention(nn.Module):
 
     def project_query(self, x: jax.Array) -> jax.Array:
         """[b, q, width] -> [b, q, h, d]."""
-        return self.normalise_query(into_heads(x.astype(self.dtype), *self.query()))
+        return self.normalise_query(into_heads(x.astype(self.dtype), [self.query()])[0])
 
     def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, k, kv_width] -> keys and values [b, k, h, d]."""
-        k, v = into_heads_joined(memory.astype(self.dtype), [self.key(), self.value()])
+        k, v = into_heads(memory.astype(self.dtype), [self.key(), self.value()])
         return self.normalise_key(k), v
 
     def project_self(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = into_heads_joined(x.astype(self.dtype), [self.query(), self.key(), self.value()])
+        q, k, v = into_heads(x.astype(self.dtype), [self.query(), self.key(), self.value()])
         return self.normalise_query(q), self.normalise_key(k), v
 
     def normalise_query(self, q: jax.Array) -> jax.Array:
@@ -270,26 +279,24 @@ class Attention(nn.Module):
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[b, q, h, d] -> [b, q, out_width]."""
-        kernel, bias = self.out()
+        kernel, bias, adapter = self.out()
         y = x.reshape(-1, kernel.shape[0] * kernel.shape[1]) @ kernel.reshape(-1, kernel.shape[-1])
+        y = y if adapter is None else y + adapter(x.reshape(-1, *x.shape[2:]))
         y = y if bias is None else y + bias
         return y.reshape(*x.shape[:2], -1)
 
 
-def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[b, l, in] @ [in, h, d] -> [b, l, h, d]."""
-    return into_heads_joined(x, [(kernel, bias)])[0]
-
-
-def into_heads_joined(x: jax.Array, projections: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
-    """One product with several [in, h, d] kernels. They are joined along an axis of their own,
-    so that heads may lie on different devices."""
-    kernel = jnp.stack([k for k, _ in projections], 1)                                 # [in, n, h, d]
-    y = jnp.einsum("ti,inhd->tnhd", x.reshape(-1, x.shape[-1]), kernel)
-    if projections[0][1] is not None:
-        y = y + jnp.stack([b for _, b in projections])
+def into_heads(x: jax.Array, maps: list[Map]) -> list[jax.Array]:
+    """[b, l, in] -> [b, l, h, d] for each map: one product with all their kernels. They are joined along an axis
+    of their own, so that heads may lie on different devices."""
+    rows, kernel = x.reshape(-1, x.shape[-1]), jnp.stack([m.kernel for m in maps], 1)      # [in, n, h, d]
+    y = jnp.einsum("ti,inhd->tnhd", rows, kernel)
+    if maps[0].bias is not None:
+        y = y + jnp.stack([m.bias for m in maps])
+    if any(m.adapter is not None for m in maps):
+        y = y + jnp.stack([jnp.zeros_like(y[:, i]) if m.adapter is None else m.adapter(rows) for i, m in enumerate(maps)], 1)
     y = y.reshape(*x.shape[:2], *y.shape[1:])
-    return [shard(y[:, :, i], "batch", "length", "act_heads", "none") for i in range(len(projections))]
+    return [shard(y[:, :, i], "batch", "length", "act_heads", "none") for i in range(len(maps))]
 
 
 def unit_rms(x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.nn.lora import low_rank
 from vlm_jax.nn.norm import Norm
 
 
@@ -28,7 +29,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes),
                             (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = rows @ kernel.astype(self.dtype)
+        if (adapter := low_rank(self)) is not None:
+            y = y + adapter(rows)
         if self.use_bias:
             # Residual widths are whole on every device ("norm"); hidden units follow their kernel.
             axis = "mlp" if self.axes[1] == "mlp" else "norm"
@@ -55,4 +59,6 @@ class ProjectionHead(nn.Module):
             x = Norm(self.norm_kind, self.eps, name="norm")(x)
         kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(width ** -0.5),
                                                                    ("embed", "joint")), (width, self.features), jnp.float32)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        return y if (adapter := low_rank(self)) is None else y + adapter(x.reshape(-1, width)).reshape(y.shape)

@@ -1,0 +1,88 @@
+"""Scores a trained or imported model on data of one's own.
+
+python -m vlm_jax.evaluate DIR zeroshot --data=folder:TEST [--templates=clip80]
+python -m vlm_jax.evaluate DIR probe    --data=folder:TEST --train=folder:TRAIN
+python -m vlm_jax.evaluate DIR retrieval --data=tars:val.tar
+python -m vlm_jax.evaluate DIR caption  --data=folder:TEST
+
+Prints each score with chance and a 95% interval; --out=DIR keeps them, and every item's prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import pathlib
+import sys
+from typing import Any
+
+from vlm_jax.errors import ConfigError
+
+
+def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
+             **options: Any) -> Any:
+    """Runs one evaluation of a loaded model (``vlm_jax.load``) over a source: an ``evals.Evaluation`` with scores and items.
+
+    kind: "zeroshot", "probe", "retrieval" or "caption"; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe;
+    options: the kind's own, such as ``templates``. Raises ConfigError.
+    """
+    from vlm_jax import config as configs
+    from vlm_jax import evals
+    from vlm_jax.data import sources
+
+    if kind not in evals.KINDS:
+        return evals.run(kind, {}, (), tokenizer=None)      # says which there are
+    fields = {k: v for k, v in (("label", label), ("caption", caption)) if v}
+
+    def opened(spec, where):
+        if not spec:
+            raise ConfigError(f"{where} is missing: a source, such as folder:DIR or tars:FILE.tar")
+        return configs.call(sources.open_source, {}, where, spec, **fields)
+
+    source, fitted = opened(data, "--data"), {}
+    if "train_batches" in inspect.signature(evals.KINDS[kind]).parameters:
+        fitted["train_batches"] = model.stage.eval_batches(opened(train, "--train"), batch, None)
+    elif train:
+        raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
+    model.ids("")     # without a tokenizer no batch can be made
+    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.tokenizer,
+                     source=source, **fitted, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="work directory of a run, or an imported model")
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "caption"))
+    parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
+    parser.add_argument("--train", default="", help="probe: what to fit on")
+    parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")
+    parser.add_argument("--caption", default="", help="the caption's field, such as txt or json:title")
+    parser.add_argument("--templates", default="", help="zeroshot: prompt templates by name (vlm_jax/evals/prompts.py), photo by default")
+    parser.add_argument("--examples", type=int, default=0, help="score the first so many samples (default: all)")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", default="", help="directory for scores.json and predictions.jsonl")
+    args = parser.parse_args(argv)
+    try:
+        from vlm_jax import evals
+        from vlm_jax.console import Console
+        from vlm_jax.loading import load
+        if args.templates and args.kind != "zeroshot":
+            raise ConfigError(f"--templates={args.templates} has no use in {args.kind!r}; nearest: 'zeroshot'")
+        options = {"templates": args.templates} if args.templates else {}
+        found = evaluate(load(args.directory), args.kind, args.data, train=args.train, examples=args.examples, batch=args.batch,
+                         label=args.label, caption=args.caption, **options)
+        Console().scores(found.scores)
+        if args.out:
+            out = pathlib.Path(args.out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "scores.json").write_text(json.dumps(found.scores, indent=1))
+            evals.write_items(out / "predictions.jsonl", found.items)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 43
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
