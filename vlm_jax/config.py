@@ -7,6 +7,7 @@ misspelt or unread key is an error before anything is compiled.
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -18,9 +19,10 @@ from vlm_jax.errors import ConfigError, nearest
 
 STAGE_KEYS = ("system", "model", "loss", "trainable", "init", "optim", "data", "evals", "steps", "checkpoint", "log",
               "mesh", "rules", "seed")
-# May differ between a run and its resumption; every other change is refused by name.
-MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
-              "data.eval", "mesh", "rules")
+# May differ between a run and its resumption; every other change is refused by name. The last line changes where and in
+# how many passes a step is computed, and results by rounding only.
+MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget", "data.eval",
+              "mesh", "rules", "data.microbatch", "model.*.remat")
 
 
 def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:
@@ -153,7 +155,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     a, b = flatten(old), flatten(new)
     lines = []
     for key in sorted(a.keys() | b.keys()):
-        if any(key == k or key.startswith(k + ".") for k in MAY_CHANGE):
+        if any(fnmatch.fnmatchcase(key, k) or key.startswith(k + ".") for k in MAY_CHANGE):
             continue
         if a.get(key, "(absent)") != b.get(key, "(absent)"):
             lines.append(f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}")

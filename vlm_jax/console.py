@@ -34,7 +34,7 @@ def amount(n: float, unit: str = "") -> str:
 
 class Console:
     def __init__(self):
-        self.rich = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
+        self.rich = RichConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 140)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)

@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, partitioning
+from vlm_jax import evals, memory, partitioning
 from vlm_jax.console import Console
 from vlm_jax.data import pipeline
 from vlm_jax.errors import ConfigError, nearest
@@ -132,7 +132,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         raise ConfigError(f"--eval_only: {folder} has no checkpoint to evaluate")
 
     configs.call(partitioning.check_rows, {}, f"stages.{stage.name}.data", stage.data.batch, mesh)
-    with partitioning.use(mesh):
+    with partitioning.use(mesh), memory.advising(stage, mesh):
         tx, learning_rate = make_optimizer(stage)
         keeper = checkpoint.Checkpointer(folder / "checkpoints", keep=checkpoints.keep)
         start, skipped = keeper.latest_good()
@@ -180,12 +180,11 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(key, 1), opt.ema), 0)
-        shapes = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=partitioning.sharding(
-            mesh, ("batch",) + ("none",) * (len(s.shape) - 1), s.shape)) for k, s in stage.spec.items()}
         program = None
         if not stage.data.buckets:
             with console.waiting("compiling the train step"):
-                program = step_fn.lower(state, shapes)
+                program = step_fn.lower(state, partitioning.abstract(stage.spec, mesh))
+            memory.warn(program, mesh, console.say)
         console.overview(stage.name, folder, stage.plan, mesh, stage.config, example, program, source)
 
         log = MetricsLog(folder, resume_at=start, tensorboard=logging.tensorboard, wandb=logging.wandb)
