@@ -51,7 +51,7 @@ def forecast(program: Any) -> int | None:
 
 def limit_of(mesh: Any) -> int | None:
     """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs)."""
-    return (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def warn(program: Any, mesh: Any, say: Callable[[str], None]) -> None:
