@@ -170,7 +170,8 @@ def test_two_processes_find_each_other_and_are_told_what_is_missing():
         assert "2 processes found each other (4 devices, 2 of them here), but training over several processes is not there yet" in output
 
 
-@pytest.mark.parametrize("index,said", [(0, "process 0 still waits at 127.0.0.1:{} for the other 1 of 2"), (1, "process 1 cannot reach process 0 at 127.0.0.1:{}")])
+@pytest.mark.parametrize("index,said", [(0, "process 0 still waits at 127.0.0.1:{} for the other 1 of 2"),
+                                        (1, "process 1 cannot reach process 0 at 127.0.0.1:{}")])
 def test_a_process_that_stays_alone_says_who_is_missing(index, said):
     port = free_port()
     process = main(port, index, 2)

@@ -58,10 +58,7 @@ def accelerator_present() -> str:
 
 
 def check_platform(wanted: str) -> None:
-    """Sets JAX's platform and joins other processes; raises ConfigError where an accelerator would lie idle unnoticed."""
-    if wanted:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(wanted, wanted)
-    join_processes()
+    """Starts JAX; raises ConfigError where it cannot start, or an accelerator would lie idle unnoticed."""
     import jax
     try:
         found = jax.default_backend()
@@ -104,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
+        if PLATFORM.value:
+            os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM.value, PLATFORM.value)
+        join_processes()
         check_platform(PLATFORM.value)
         from vlm_jax import run
         return run.run(config, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value)
