@@ -31,7 +31,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, loading, partitioning
+from vlm_jax import evals, loading, memory, partitioning
 from vlm_jax import stage as stages
 from vlm_jax.console import Console
 from vlm_jax.data import pipeline, tokenizers
@@ -200,7 +200,7 @@ class StageRun:
         if eval_only and not (self.folder / "checkpoints").exists():
             raise ConfigError(f"--eval_only: {self.folder} has no checkpoint to evaluate")
         configs.call(partitioning.check_rows, {}, f"{self.where}.data", self.stage.data.batch, self.mesh)
-        with partitioning.use(self.mesh):
+        with partitioning.use(self.mesh), memory.advising(self.stage, self.mesh):
             tx, learning_rate = stages.make_optimizer(self.stage)
             keeper = checkpoint.Checkpointer(self.folder / "checkpoints", keep=self.checkpoints.keep)
             start = self.newest(keeper)
@@ -271,10 +271,9 @@ class StageRun:
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
         if not stage.data.buckets:
-            shapes = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=partitioning.sharding(
-                self.mesh, ("batch",) + ("none",) * (len(s.shape) - 1), s.shape)) for k, s in stage.spec.items()}
             with self.console.waiting("compiling the train step"):
-                program = step_fn.lower(state, shapes)
+                program = step_fn.lower(state, partitioning.abstract(stage.spec, self.mesh))
+            memory.warn(program, self.mesh, self.console.say)
         self.console.overview(stage.name, folder, stage.plan, self.mesh, stage.config, self.total, example, program, source)
         log = MetricsLog(folder, resume_at=start or None, tensorboard=self.logging.tensorboard, wandb=self.logging.wandb)
 
