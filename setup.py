@@ -21,6 +21,7 @@ setup(
         "grain>=0.2.15",
         "numpy>=2.0",
         "pillow>=11",
+        "pyyaml>=6",
         "tokenizers>=0.21",
         "fsspec",
         "ml_dtypes>=0.5",

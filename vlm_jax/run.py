@@ -1,6 +1,7 @@
 """Runs a config: every stage from its sections to a finished work directory. ``main`` and notebooks call ``run``.
 
     workdir/<n>_<stage>/config.json      the resolved config
+                       /provenance.json  command, code, versions, devices, data, where weights come from, licence
                        /tokenizer/       so that the directory is complete in itself
                        /metrics.jsonl    rows by step
                        /checkpoints/     Orbax, with manifests
@@ -25,9 +26,9 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, partitioning
+from vlm_jax import evals, partitioning, provenance
 from vlm_jax.console import Console
-from vlm_jax.data import pipeline
+from vlm_jax.data import fingerprint, pipeline
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import cli
 from vlm_jax.stage import (
@@ -43,6 +44,7 @@ from vlm_jax.stage import (
     init_rules,
     make_optimizer,
     open_origin,
+    origin_folder,
     resolve,
     total_steps,
 )
@@ -142,12 +144,17 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if start is None and any(reason.startswith("damaged") for _, reason in skipped):   # not merely unfinished
             raise ConfigError(f"every checkpoint in {folder / 'checkpoints'} is damaged; training anew would overwrite them: "
                               "move that folder away first")
+        origins: dict[str, pathlib.Path] | None = None
         if start is None:
-            start = 0
+            start, origins = 0, {}
             if eval_only:
                 raise ConfigError(f"--eval_only: {folder} has no good checkpoint to evaluate")
-            given = init.take_over(init_rules(config, stage, workdir), stage.plan, functools.partial(open_origin, config, workdir),
-                                   f"stages.{stage.name}.init")
+
+            def open_named(origin: str) -> Mapping[str, Any]:
+                origins[origin] = origin_folder(config, workdir, origin)
+                return open_origin(config, workdir, origin)
+
+            given = init.take_over(init_rules(config, stage, workdir), stage.plan, open_named, f"stages.{stage.name}.init")
             state = init.create(stage.system, stage.plan, tx, mesh, jax.random.fold_in(key, 0), stage.spec, given, opt.ema)
         else:
             abstract = init.abstract(stage.system, stage.plan, tx, mesh, opt.ema)
@@ -166,8 +173,10 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
 
         # data first: a bad source stops the run before compiling
         source = stage.open(stage.data.train)
-        for setting in settings.values():
-            stage.open(setting.data or stage.data.eval)
+        data = {"train": fingerprint.describe(stage.data.train, source)}
+        for name, setting in settings.items():
+            which = setting.data or stage.data.eval
+            data[f"evals.{name}"] = fingerprint.describe(which, stage.open(which))
         example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
                                length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +186,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
                     whole.save(0, {"frozen": state.frozen})
         batches = stage.train_batches(source, start, total, folder / "quarantine.jsonl")
         (folder / "config.json").write_text(configs.to_json(stage.config))
+        record = provenance.record_start(folder, provenance.start(list(mesh.devices.flat), mesh.shape, start, data), system=stage.config.system,
+                                         papers=stage.system.papers, origins=origins)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(key, 1), opt.ema), 0)
@@ -187,6 +198,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             with console.waiting("compiling the train step"):
                 program = step_fn.lower(state, shapes)
         console.overview(stage.name, folder, stage.plan, mesh, stage.config, example, program, source)
+        console.say(f"licence of the weights: {provenance.licence_line(record)}")
 
         log = MetricsLog(folder, resume_at=start, tensorboard=logging.tensorboard, wandb=logging.wandb)
         final: dict[str, Any] = {}
@@ -263,4 +275,4 @@ def write_report(stage: Stage, folder: pathlib.Path, final: Mapping[str, Any], c
         pictures.update({k: v for k, v in result.pictures.items() if k not in pictures})
     report.write_report(folder / "report", title=f"{stage.config.system}, stage {stage.name}",
                         metrics=read_rows(folder / "metrics.jsonl"), scores=final.get("scores", {}),
-                        config_text=configs.to_json(stage.config), **pictures)
+                        config_text=configs.to_json(stage.config), provenance=provenance.lines(provenance.read(folder)), **pictures)
