@@ -22,6 +22,7 @@ setup(
         "grain>=0.2.15",
         "numpy>=2.0",
         "pillow>=11",
+        "pyyaml>=6",
         "tokenizers>=0.21",
         "scipy>=1.13",
         "fsspec",

@@ -311,7 +311,7 @@ def origins(section: ConfigDict) -> list[str]:
     """Where a stage's ``init`` takes weights from, in its order."""
     given = (section.init,) if isinstance(section.init, str) else section.init
     sources = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
-    return list(dict.fromkeys(origin for origin in sources if origin))
+    return list(dict.fromkeys(origin for origin in sources if origin and origin != weight_rules.FRESH))
 
 
 def hub_origins(section: ConfigDict) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
+from vlm_jax.data.fingerprint import digest, fingerprint
 from vlm_jax.data.record import RecordSource
 from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
@@ -32,6 +34,11 @@ class TableSource(RecordSource):
 
     def row(self, i: int) -> Mapping[str, Any]:
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Of the table's bytes; the images that it names are not read."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def key(self, i: int) -> str:
         return str(self.row(i).get(self.image, f"row {i}"))
@@ -146,12 +153,16 @@ class TfdsSource(RecordSource):
         if classes is None and getattr(feature, "names", None):
             classes = feature.names
         super().__init__(f"tfds:{name}", caption, label, classes)
-        self.image = image
+        self.image, self._release = image, f"{builder.info.full_name}:{split or 'train'}"
         self._rows = builder.as_data_source(split=split or "train",
                                             decoders={image: tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        """Of the data set's name, configuration, version and split."""
+        return digest(self._release, len(self))
 
     def key(self, i: int) -> str:
         return f"{self.name}/{i}"
@@ -178,6 +189,9 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._start[-1])
+
+    def fingerprint(self) -> str:
+        return digest([fingerprint(part) for part in self.parts], self.weights)
 
     def place(self, i: int) -> tuple[Any, int]:
         """(source, number in it) of sample ``i``."""

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
+from vlm_jax.data.fingerprint import digest, spread
 from vlm_jax.data.record import RecordSource
 from vlm_jax.errors import nearest
 
@@ -426,6 +427,12 @@ class TarSource(RecordSource):
     def key(self, i: int) -> str:
         shard, row = self._place(i)
         return f"{os.path.basename(self.paths[shard]).removesuffix('.tar')}/{self._indices[shard].key(row)}"
+
+    def fingerprint(self) -> str:
+        """Of every tar's name, size and kinds of samples, and of keys and members of samples spread over them."""
+        tars = [[os.path.basename(path), index.stamp[0], index.samples, index.sets] for path, index in zip(self.paths, self._indices)]
+        places = [self._place(i) for i in spread(len(self))]
+        return digest(tars, [[self._indices[shard].key(row), self._indices[shard].members(row)] for shard, row in places])
 
     def rows_of(self, shard: int) -> range:
         """The numbers of a tar's samples."""
