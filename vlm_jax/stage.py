@@ -310,7 +310,7 @@ def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pat
 def origins(section: ConfigDict) -> list[str]:
     """Where a stage's ``init`` takes weights from, in its order."""
     given = (section.init,) if isinstance(section.init, str) else section.init
-    sources = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
+    sources = [rule.rstrip(":") if isinstance(rule, str) else init.split_source(rule[1])[0] for rule in given]
     return list(dict.fromkeys(origin for origin in sources if origin and origin != weight_rules.FRESH))
 
 
