@@ -100,7 +100,7 @@ def small(res, text):
         optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.1,
                    muon_exclude=(".*/table", ".*/position_embed"), schedule="cosine", warmup="5%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
-        data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="clip",
+        data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="train:2000",
                   augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)|grayscale(p=0.1)", eval_augment="resize|center_crop",
                   buckets=(16, 20, 24), threads=2, prefetch=4, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)),

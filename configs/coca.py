@@ -87,14 +87,14 @@ def scenes(res):
 
 
 def small(res):
-    """The embedded preset a little larger, for a few thousand captioned pictures of one's own (with a tokenizer of their own)."""
+    """The embedded preset a little larger, for a few thousand captioned pictures of one's own, with a tokenizer trained on their captions."""
     stage = scenes(res)
     few = dict(width=128, heads=4, layers=3, mlp_dim=384)
     for tower in ("image", "text", "decoder"):
         stage["model"][tower].update(few)
     stage["model"]["poolers"]["heads"] = 4
     stage["model"].update(mean=CLIP_MEAN, std=CLIP_STD)
-    stage["data"].update(train="", eval="", batch=64, tokenizer="", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
+    stage["data"].update(train="", eval="", batch=64, tokenizer="train:2000", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
                          eval_augment="resize|center_crop", threads=2)
     stage["loss"]["duplicates"] = "positives"
     stage["optim"]["muon_lr"] = 0.05
