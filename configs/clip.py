@@ -8,9 +8,9 @@ python -m vlm_jax.main --config=configs/clip.py:b32 --config.stages.pretrain.dat
 python -m vlm_jax.main --config=configs/clip.py:small --config.stages.pretrain.data.train='tars:/data/emoji/{00..03}.tar' ...
     64-pixel images, 14M parameters: for small collections; see docs/results.md.
 text=cbow trains the bag-of-words text encoder instead of the transformer.
-python -m vlm_jax.main --config=configs/clip.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+python -m vlm_jax.main --config=configs/clip.py:b32,tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
     --config.stages.finetune.data.train=folder:/photos
-    Goes on from trained or imported weights (tune=full|head|lora); task=classes for class folders.
+    Goes on from trained or imported weights (tune=full|head|lora; the size sets the rates); task=classes for class folders.
 """
 
 from vlm_jax import config as c

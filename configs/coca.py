@@ -6,9 +6,9 @@ python -m vlm_jax.main --config=configs/coca.py
 python -m vlm_jax.main --config=configs/coca.py:base --config.stages.pretrain.data.train='tars:gs://bucket/{00000..41455}.tar' \\
     --config.stages.pretrain.data.eval=tars:... --config.stages.pretrain.data.tokenizer=sentencepiece:/path/64k.model
     A size of the paper (base, large, 2b) or of open_clip (b32_open, l14_open) on your own pairs; ``small`` for few of them.
-python -m vlm_jax.main --config=configs/coca.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+python -m vlm_jax.main --config=configs/coca.py:l14_open,tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
     --config.stages.finetune.data.train=folder:/photos
-    Goes on from trained or imported weights (tune=full|head|lora), for captions or retrieval; task=classes for class folders.
+    Goes on from trained or imported weights (tune=full|head|lora; the size sets the rates), for captions or retrieval; task=classes for class folders.
 """
 
 from vlm_jax import config as c
