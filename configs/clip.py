@@ -61,7 +61,7 @@ def finetune(size, tune, task):
         "clip", tune=tune, heads="(image_head|image_pooler|image/pool|text_head|logit_scale)(/.*)?",
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
         optim=optim, data={},
-        evals=dict(evals, old=dict(kind="retrieval", data="scenes:test", examples=500, options=dict(captions="first"))) if size == "scenes" else evals,
+        evals=dict(evals, old=dict(kind="retrieval", data="scenes:test", examples=500, every="100epochs", options=dict(captions="first"))) if size == "scenes" else evals,
         select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0))
 
 

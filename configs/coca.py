@@ -50,7 +50,7 @@ def finetune(size, tune, task):
     else:
         scored = dict(retrieval=dict(kind="retrieval", data="", examples=1000, every="1epoch"), caption=dict(kind="caption", data="", examples=500, every=0))
     if size == "scenes":
-        scored |= dict(old=dict(kind="retrieval", data="scenes:test", examples=500, options=dict(captions="first")))
+        scored |= dict(old=dict(kind="retrieval", data="scenes:test", examples=500, every="100epochs", options=dict(captions="first")))
     return c.finetune(
         "coca", tune=tune, heads="(image_head|text_head|\\w*pooler|logit_scale)(/.*)?",
         loss=dict(weights=dict(con=1.0, cap=2.0), directions="mean", duplicates="positives"),
