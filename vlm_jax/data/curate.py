@@ -311,7 +311,7 @@ def find_input(spec: str) -> list[str]:
         if scheme != "tars" or not colon:
             raise ConfigError(f"--input={part!r} is not a source of tars; nearest: 'tars:{pattern if colon else part}'")
         try:
-            paths += [path if tars.is_remote(path) else os.path.abspath(path) for path in tars.find_tars(pattern)]
+            paths += [path if tars.is_remote(path) else os.path.abspath(path) for path in tars.find_files(pattern)]
         except (ValueError, OSError, ImportError) as error:
             raise ConfigError(f"--input={part!r}: {error}") from None
     twice = next((path for path, n in Counter(paths).items() if n > 1), None)
