@@ -142,10 +142,17 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if start is None and any(reason.startswith("damaged") for _, reason in skipped):   # not merely unfinished
             raise ConfigError(f"every checkpoint in {folder / 'checkpoints'} is damaged; training anew would overwrite them: "
                               "move that folder away first")
+        if eval_only:
+            if start is None:
+                raise ConfigError(f"--eval_only: {folder} has no good checkpoint to evaluate")
+        else:           # data first: a bad source stops the run before anything is drawn or compiled
+            source = stage.open(stage.data.train)
+            for setting in settings.values():
+                stage.open(setting.data or stage.data.eval)
+            example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
+                                   length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         if start is None:
             start = 0
-            if eval_only:
-                raise ConfigError(f"--eval_only: {folder} has no good checkpoint to evaluate")
             given = init.take_over(init_rules(config, stage, workdir), stage.plan, functools.partial(open_origin, config, workdir),
                                    f"stages.{stage.name}.init")
             state = init.create(stage.system, stage.plan, tx, mesh, jax.random.fold_in(key, 0), stage.spec, given, opt.ema)
@@ -164,12 +171,6 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             console.scores(scores, start)
             return EXIT_DONE
 
-        # data first: a bad source stops the run before compiling
-        source = stage.open(stage.data.train)
-        for setting in settings.values():
-            stage.open(setting.data or stage.data.eval)
-        example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
@@ -210,7 +211,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             with loop.StopRequest() as stop, console.bar(stage.name, start, total) as progress:
                 state, step = loop.fit(
                     state, step_fn, batches, place=lambda b: partitioning.place(b, mesh), start=start, total=total,
-                    batch_size=stage.data.batch, log=log, log_every=logging.every, learning_rate=learning_rate,
+                    batch_size=stage.data.batch, log=log, log_every=logging.every, learning_rate=jax.jit(learning_rate),
                     save=save, save_every=checkpoints.every, evaluate=evaluate_now,
                     evaluate_at=lambda s: s == total or any(e.every and s % e.every == 0 for e in settings.values()),
                     on_bad=on_bad, max_bad_steps=opt.max_bad_steps, stop=stop, progress=progress)
