@@ -17,26 +17,52 @@ from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
 from vlm_jax.data.lengths import Lengths, token_lengths
-from vlm_jax.data.order import order_of
+from vlm_jax.data.order import generators, order_of
 from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import nearest
 
 MAX_ATTEMPTS = 64  # candidates tried for one position before the data counts as unusable
+TOGETHER = 64      # samples read before their pictures are decoded
+ORDERED = 4096     # positions whose order is computed together
 CAPTION_CHOICES = ("sample", "first")
 EVAL_AUGMENT = "resize|center_crop"
 
 
 class _Reader:
-    """Turns single samples into rows; counts nothing, shares nothing, safe in many threads."""
+    """Turns samples into rows; counts nothing, shares nothing, safe in many threads."""
 
     def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int):
         if caption not in CAPTION_CHOICES:
             raise ValueError(f"caption={caption!r} is not a way to choose a caption{nearest(caption, CAPTION_CHOICES)}")
         self.source, self.chain, self.caption, self.max_pixels = source, chain, caption, max_pixels
 
-    def __call__(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str, dict[str, Any]]:
-        """(uint8 [size, size, 3], caption, raw sample). Raises BadSample."""
+    def fill(self, image: np.ndarray, rows: Sequence[int], indices: Sequence[int],
+             rngs: Sequence[np.random.Generator]) -> list[tuple[str, dict[str, Any]] | BadSample]:
+        """Writes pictures into ``rows`` of ``image``; for each (caption, raw sample), or what is wrong with it.
+
+        All samples are read before the first picture is decoded: short loops stay in the processor's caches, and
+        threads seldom wait for each other.
+        """
+        pixels, each, found = image.reshape(-1).data, image[0].size, []
+        for index, rng in zip(indices, rngs):
+            try:
+                found.append(self._read(index, rng))
+            except BadSample as error:
+                found.append(error)
+        for i, (row, rng) in enumerate(zip(rows, rngs)):
+            if not isinstance(found[i], BadSample):
+                try:
+                    picture = found[i][1]["image"]
+                    if isinstance(picture, bytes):
+                        picture = ops.decode(picture, self.max_pixels)
+                    picture = self.chain.apply(picture, rng)
+                    pixels[row * each:(row + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
+                except BadSample as error:
+                    found[i] = error
+        return found
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
         sample = self.source[index]
         texts = sample["text"]
         if not texts:
@@ -45,12 +71,9 @@ class _Reader:
         if self.caption == "sample" and len(texts) > 1:
             bounds = np.cumsum(sample.get("text_weight", np.ones(len(texts))))
             text = texts[min(int(np.searchsorted(bounds, rng.random() * bounds[-1], "right")), len(texts) - 1)]
-        image = sample["image"]
-        if image is None:
+        if sample["image"] is None:
             raise BadSample("missing_image")
-        if isinstance(image, bytes):
-            image = ops.decode(image, self.max_pixels)
-        return self.chain(image, rng), text, sample
+        return text, sample
 
     def offence(self, index: int, error: BadSample) -> Offence:
         source = self.source
@@ -69,36 +92,50 @@ class _Steps:
         self.buckets = (*sorted(buckets), length)
         if self.buckets[0] < 2 or any(b >= length for b in self.buckets[:-1]):
             raise ValueError(f"buckets={tuple(buckets)} must lie between 2 and length={length}, which is always one")
+        self.run = max(1, ORDERED // batch)      # steps whose order is computed together
+        self._ordered: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))     # the last such run
 
     def __call__(self, step: int):
         positions = np.arange(step * self.batch, (step + 1) * self.batch)
-        indices = self.order.index(positions)
+        indices = self._indices(step)
         bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
         image = np.empty((self.batch, size, size, 3), np.uint8)
-        texts, keys, offences, seen = [], [], [], 0
-        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
+        texts, keys, offences, seen = [""] * self.batch, [""] * self.batch, [], 0
+        for start in range(0, self.batch, TOGETHER):
+            todo = dict(enumerate(indices[start:start + TOGETHER].tolist(), start))     # row -> the sample to try
             for attempt in range(1, MAX_ATTEMPTS + 1):
-                if bucket is not None and self.holding(int(self.lengths[index])) > bucket:      # a replacement that the batch cannot hold
-                    index = self.order.replacement(position, attempt)
-                    continue
-                seen += 1
-                try:
-                    image[row], text, sample = self.reader(index, np.random.default_rng((self.seed, position, attempt)))
+                rows = list(todo) if bucket is None or attempt == 1 else [      # a replacement may be one that the batch cannot hold
+                    row for row, index in todo.items() if self.holding(int(self.lengths[index])) <= bucket]
+                seen += len(rows)
+                found = self.reader.fill(image, rows, [todo[row] for row in rows], generators(self.seed, positions[rows], attempt))
+                for row, sample in zip(rows, found):
+                    if isinstance(sample, BadSample):
+                        offences.append((row, self.reader.offence(todo[row], sample)))
+                    else:
+                        texts[row], keys[row] = sample[0], sample[1]["key"]
+                        del todo[row]
+                if not todo:
                     break
-                except BadSample as error:
-                    offences.append(self.reader.offence(index, error))
-                    index = self.order.replacement(position, attempt)
+                todo = {row: self.order.replacement(int(positions[row]), attempt) for row in todo}
             else:
-                return None, seen, offences
-            texts.append(text)
-            keys.append(sample["key"])
+                break
+        offences = [offence for _, offence in sorted(offences, key=lambda pair: pair[0])]
+        if todo:
+            return None, seen, offences
         text, mask, _ = self.tokenizer(texts, self.length)
         length = bucket or self.holding(int(mask.sum(axis=1).max()))
         return {"image": image, "text": text[:, :length], "text_mask": mask[:, :length],
                 "caption_id": np.array([hash31(normalise_caption(t)) for t in texts], np.int32),
                 "image_id": np.array([hash31(k) for k in keys], np.int32)}, seen, offences
 
+    def _indices(self, step: int) -> np.ndarray:
+        run, row = divmod(step, self.run)
+        ordered = self._ordered
+        if ordered[0] != run:
+            positions = np.arange(run * self.run * self.batch, (run + 1) * self.run * self.batch)
+            ordered = self._ordered = (run, self.order.index(positions).reshape(self.run, self.batch))
+        return ordered[1][row]
 
     def holding(self, tokens: int) -> int:
         """The smallest bucket for a caption of ``tokens``; the last one cuts what is longer."""
@@ -208,12 +245,12 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
         ids = np.zeros((2, batch), np.int32)
         mask, meta, offences, texts = np.zeros(batch, bool), [], [], []
         indices = range(number * batch, min((number + 1) * batch, total))
-        for row, index in enumerate(indices):
-            try:
-                image[row], text, sample = reader(index, np.random.default_rng((0, index)))
-            except BadSample as error:
-                offences.append(reader.offence(index, error))
+        found = reader.fill(image, range(len(indices)), indices, generators(0, np.array(indices), 1))
+        for row, (index, sample) in enumerate(zip(indices, found)):
+            if isinstance(sample, BadSample):
+                offences.append(reader.offence(index, sample))
                 continue
+            text, sample = sample
             mask[row] = True
             texts.append(text)
             ids[:, row] = hash31(normalise_caption(text)), hash31(sample["key"])
@@ -241,12 +278,13 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
     """
     reader = _Reader(source, ops.Chain(augment, size), "first", ops.MAX_PIXELS)
     errors = []
+    image = np.empty((1, size, size, 3), np.uint8)
     for index in range(min(MAX_ATTEMPTS, len(source))):
-        try:
-            image, caption, sample = reader(index, np.random.default_rng(0))
+        found, = reader.fill(image, [0], [index], generators(0, np.zeros(1, int), 1))
+        if not isinstance(found, BadSample):
+            caption, sample = found
             break
-        except BadSample as error:
-            errors.append(str(error))
+        errors.append(str(found))
     else:
         raise BadDataError(f"none of the first {len(errors)} samples of {name_of(source)} can be read; "
                            f"the first: {errors[:1]}")
@@ -257,7 +295,7 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
         except BadSample:
             continue
     ids, mask, _ = tokenizer([caption], length)
-    return {"key": sample["key"], "image": image, "caption": caption, "ids": ids[0][mask[0]].tolist(),
+    return {"key": sample["key"], "image": image[0], "caption": caption, "ids": ids[0][mask[0]].tolist(),
             "decoded": tokenizer.decode(ids[0]), "samples": len(source), "captions": len(tokens),
             "tokens_mean": float(np.mean(tokens)), "tokens_max": int(max(tokens)),
             "truncated": float(np.mean(np.array(tokens) > length))}

@@ -320,14 +320,14 @@ class TarIndex:
         return {k: v for k, v in self.__dict__.items() if k != "_map" and k not in self._columns}
 
     def key(self, row: int) -> str:
-        start = int(self.key_end[row - 1]) if row else 0
-        return self.keys[start:int(self.key_end[row])].tobytes().decode()
+        start = self.key_end.item(row - 1) if row else 0
+        return self.keys[start:self.key_end.item(row)].tobytes().decode()
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """{extension: (offset, size)} of a sample."""
-        names = self.sets[self.set[row]][0]
-        at = int(self.first[row])
-        return {k: (int(self.offset[at + j]), int(self.size[at + j])) for j, k in enumerate(names)}
+        names, at = self.sets[self.set.item(row)][0], self.first.item(row)
+        end = at + len(names)
+        return dict(zip(names, zip(self.offset[at:end].tolist(), self.size[at:end].tolist())))
 
 
 def open_index(path: str) -> TarIndex:
@@ -376,6 +376,8 @@ class TarSource(RecordSource):
         with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
             self._indices = list(pool.map(open_index, self.paths))
         self._wanted = {field.kind for field, _ in self.captions}
+        self._kinds = {field.kind for field in self._fields()}
+        self._shards = [os.path.basename(path).removesuffix(".tar") for path in self.paths]
         sizes = []
         for index in self._indices:
             self.counts.update(index.counts)
@@ -425,7 +427,7 @@ class TarSource(RecordSource):
 
     def key(self, i: int) -> str:
         shard, row = self._place(i)
-        return f"{os.path.basename(self.paths[shard]).removesuffix('.tar')}/{self._indices[shard].key(row)}"
+        return f"{self._shards[shard]}/{self._indices[shard].key(row)}"
 
     def rows_of(self, shard: int) -> range:
         """The numbers of a tar's samples."""
@@ -443,8 +445,7 @@ class TarSource(RecordSource):
         shard, row = self._place(i)
         members = self._indices[shard].members(row)
         image = next((k for k in members if k in IMAGE_KINDS), None)
-        wanted = kinds or (image, *(f.kind for f in self._fields()))
-        members = {k: v for k, v in members.items() if k in wanted}
+        members = {k: v for k, v in members.items() if (k in kinds if kinds else k == image or k in self._kinds)}
         record = self._read(shard, members)
         if image in record:
             record["image"] = record.pop(image)
@@ -453,29 +454,29 @@ class TarSource(RecordSource):
     def _read(self, shard: int, members: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         if not members:
             return {}
-        low = min(offset for offset, _ in members.values())
-        high = max(offset + size for offset, size in members.values())
-        if high - low <= sum(size for _, size in members.values()) + 64 * _BLOCK:  # neighbours: one read for all
+        places = members.values()
+        low, high = min(places)[0], max(map(sum, places))
+        if high - low <= sum(size for _, size in places) + 64 * _BLOCK:  # neighbours: one read for all
             span = self._bytes(shard, low, high - low)
-            out = {k: span[offset - low:offset - low + size] for k, (offset, size) in members.items()}
-        else:
-            out = {k: self._bytes(shard, offset, size) for k, (offset, size) in members.items()}
-        if any(len(out[k]) != size for k, (_, size) in members.items()):
-            raise BadSample("short_read", f"{self.paths[shard]} is shorter than when it was indexed")
-        return out
+            return {k: span[offset - low:offset - low + size] for k, (offset, size) in members.items()}
+        return {k: self._bytes(shard, offset, size) for k, (offset, size) in members.items()}
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         path = self.paths[shard]
         if is_remote(path):
             fs, inner = _filesystem(path)
-            return fs.cat_file(inner, start=offset, end=offset + size)
-        file = self._files.get(shard)
-        if file is None:
-            with self._lock:
-                while len(self._files) >= OPEN_FILES:  # closed when the last reader lets go of it
-                    self._files.pop(next(iter(self._files)))
-                file = self._files.setdefault(shard, open(path, "rb", buffering=0))
-        return os.pread(file.fileno(), size, offset)
+            data = fs.cat_file(inner, start=offset, end=offset + size)
+        else:
+            file = self._files.get(shard)
+            if file is None:
+                with self._lock:
+                    while len(self._files) >= OPEN_FILES:  # closed when the last reader lets go of it
+                        self._files.pop(next(iter(self._files)))
+                    file = self._files.setdefault(shard, open(path, "rb", buffering=0))
+            data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise BadSample("short_read", f"{path} is shorter than when it was indexed")
+        return data
 
 
 def _with_lengths(path: str, caption: str, tokenizer: str) -> TarIndex:
