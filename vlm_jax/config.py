@@ -19,8 +19,8 @@ from vlm_jax.errors import ConfigError, nearest
 STAGE_KEYS = ("system", "model", "loss", "trainable", "init", "optim", "data", "evals", "steps", "checkpoint", "log",
               "mesh", "rules", "seed")
 # May differ between a run and its resumption; every other change is refused by name.
-MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
-              "data.eval", "mesh", "rules")
+MAY_CHANGE = ("steps", "evals", "log", "checkpoint", "data.threads", "data.workers", "data.prefetch",
+              "data.bad_budget", "data.eval", "mesh", "rules")
 
 
 def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:

@@ -1,16 +1,16 @@
 """From a source to batches. The examples of training step s stand at positions s*batch ... (s+1)*batch - 1
 of the order, and everything drawn for a position follows from (seed, position): resuming is a number.
 
-Grain runs the reading: its dataset is the sequence of steps, its reader threads make one batch each.
+Grain runs the reading: its dataset is the sequence of steps, its reader threads make one batch each, or have it made by
+a reader process each (data/reader.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlm_jax.data import ops
@@ -18,6 +18,7 @@ from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
 from vlm_jax.data.lengths import Lengths, token_lengths
 from vlm_jax.data.order import generators, order_of
+from vlm_jax.data.reader import Readers
 from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import nearest
@@ -143,11 +144,13 @@ class _Steps:
 
 
 class _Batches:
-    """An iterator over a Grain dataset. ``ledger``: bad samples so far. ``close()`` ends the reader threads; leaving a
-    ``with`` block does so too."""
+    """An iterator over ``read(number)`` for each of ``numbers``. ``ledger``: bad samples so far. ``close()`` ends the reader
+    threads; leaving a ``with`` block does so too."""
 
-    def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, ledger: Ledger):
+    def __init__(self, read: Callable[[int], Any], numbers: range, threads: int, prefetch: int, ledger: Ledger):
+        import grain      # which imports JAX: reader processes come here for _Steps alone
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
         self._iterator = iter(dataset.to_iter_dataset(options))
         self.ledger = ledger
 
@@ -167,12 +170,20 @@ class _Batches:
 class TrainBatches(_Batches):
     """Yields (step, batch)."""
 
-    def __init__(self, steps: _Steps, start: int, stop: int | None, threads: int, prefetch: int, ledger: Ledger):
-        numbers = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
-        super().__init__(numbers.map(steps), threads, prefetch, ledger)
+    def __init__(self, steps: _Steps, start: int, stop: int | None, threads: int, workers: int, prefetch: int, ledger: Ledger):
+        self.readers = Readers(steps, workers) if workers else None
+        numbers = range(start, sys.maxsize if stop is None else stop)
+        super().__init__(self.readers or steps, numbers, workers or threads, prefetch, ledger)
         self._step = start
 
+    def close(self) -> None:
+        if self.readers:
+            self.readers.close()
+        super().close()
+
     def __next__(self) -> tuple[int, dict[str, np.ndarray]]:
+        if self.readers:
+            self.readers.check()
         batch, seen, offences = next(self._iterator)
         self.ledger.add(seen, offences)  # in the order of the steps: a run stops at the same one every time
         if batch is None:
@@ -182,17 +193,21 @@ class TrainBatches(_Batches):
 
 
 def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str, seed: int,
-                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, prefetch: int = 4,
+                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, workers: int = 0, prefetch: int = 4,
                   block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
                   quarantine_path: str | None = None, buckets: Sequence[int] = (),
                   max_pixels: int = ops.MAX_PIXELS) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
     ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
-    (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``prefetch``: batches made
-    ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``: "sample" draws one of several
-    captions by their weights, "first" takes the first. A batch is a pure function of (seed, step): threads
-    and restarts do not change it.
+    (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``workers``: reader processes instead
+    of threads; ``prefetch``: batches made ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``:
+    "sample" draws one of several captions by their weights, "first" takes the first. A batch is a pure function of
+    (seed, step): threads, processes and restarts do not change it.
+
+    Threads share one interpreter, which decoding and resizing let go of. Processes pay where little else is done for an
+    image (small ones, chains of many operations), or where the training loop itself needs the interpreter; each has its
+    own copy of what the source holds in memory. A process that dies is an error (RuntimeError) that names its exit status.
 
     ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
     caption. Which one follows from (seed, step) and the column of caption lengths (``lengths.token_lengths``), so that processes
@@ -202,20 +217,20 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     ``quarantine_path``; past ``bad_budget`` (``bad.Ledger``) BadDataError is raised. Raises ValueError for a
     wrong argument.
     """
-    if batch < 1 or size < 1 or length < 2 or seed < 0:
-        raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}: at least 1, 1, 2 and 0")
+    if batch < 1 or size < 1 or length < 2 or seed < 0 or workers < 0:
+        raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}, workers={workers}: at least 1, 1, 2, 0 and 0")
     reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels)
     steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed,
                    buckets=buckets, lengths=token_lengths(source, tokenizer) if buckets else None)
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
-    return TrainBatches(steps, start_step, stop_step, threads, prefetch, ledger)
+    return TrainBatches(steps, start_step, stop_step, threads, workers, prefetch, ledger)
 
 
 class EvalBatches(_Batches):
     """Yields (batch, meta); ``len()`` is the number of batches."""
 
     def __init__(self, read, count: int, threads: int, prefetch: int, ledger: Ledger):
-        super().__init__(grain.MapDataset.range(0, count).map(read), threads, prefetch, ledger)
+        super().__init__(read, range(count), threads, prefetch, ledger)
         self._count = count
 
     def __len__(self) -> int:

@@ -52,6 +52,9 @@ class Tokenizer:
     def _files(self) -> dict[str, bytes]:
         raise NotImplementedError
 
+    def __reduce__(self):
+        return type(self), tuple(self._files().values())      # each is made of its file
+
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(ids int32 [n, length] padded on the right, mask bool [n, length] True where real, texts cut short).
 
