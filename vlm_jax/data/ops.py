@@ -114,7 +114,8 @@ def random_crop(image, rng, size: int):
 
 
 def random_resized_crop(image, rng, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size (torchvision's rule)."""
+    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size; the crop is drawn by torchvision's
+    rule. No copy of the crop is made: at its edges the filter reads the picture's own pixels beyond."""
     width, height = image.size
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -129,7 +130,7 @@ def random_resized_crop(image, rng, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 
         aspect = min(max(width / height, ratio[0]), ratio[1])
         w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
         left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((size, size), BICUBIC)
+    return image.resize((size, size), BICUBIC, (left, top, left + w, top + h))
 
 
 def pad(image, rng, fill: int = 255):
