@@ -3,7 +3,8 @@
     python -m benchmarks.data_pipeline [--tars='/data/train-{00000..00003}.tar'] [--size=224] [--out=FILE.json]
 
 ours       vlm_jax.data.pipeline.train_batches on ``tars:``, as many reader threads as cores: a full shuffle by random access,
-           random crop of 0.9 to 1 of the area resized to the size (bicubic), CLIP's tokenizer, batches of uint8.
+           random crop of 0.9 to 1 of the area resized to the size (bicubic), CLIP's tokenizer, batches of uint8. Once more
+           with as many reader processes (data.workers) instead of the threads.
 decoding   Pillow and nothing else: the same files from memory, decode and bicubic resize, a pool of as many threads.
 open_clip  its webdataset loader (open_clip_train.data.get_wds_dataset) with its own training transform, the same crop; a buffer
            shuffle, CLIP's tokenizer, normalised floats, once for each of --workers.
@@ -70,7 +71,7 @@ def photographs(folder: str | pathlib.Path, count: int = 2000, tars: int = 4, pi
 
 # ---- the sides: worker functions, see benchmarks/paired.py ---------------------------------------
 
-def ours(tars: Sequence[str], size: int, batch: int, tokenizer: str = "clip") -> tuple[Callable[[], None], dict[str, Any]]:
+def ours(tars: Sequence[str], size: int, batch: int, tokenizer: str = "clip", processes: bool = False) -> tuple[Callable[[], None], dict[str, Any]]:
     from vlm_jax.data import pipeline, tokenizers
     from vlm_jax.data.sources import open_source
 
@@ -78,8 +79,8 @@ def ours(tars: Sequence[str], size: int, batch: int, tokenizer: str = "clip") ->
     threads = len(os.sched_getaffinity(0))
     source = open_source("tars:{" + ",".join(tars) + "}" if len(tars) > 1 else f"tars:{tars[0]}")
     batches = pipeline.train_batches(source, tokenizers.load(tokenizer), batch=batch, size=size, length=77, seed=0, threads=threads,
-                                     augment=f"random_resized_crop(scale={SCALE[0]}..{SCALE[1]})")
-    return lambda: next(batches), {"samples": len(source), "threads": threads}
+                                     workers=threads if processes else 0, augment=f"random_resized_crop(scale={SCALE[0]}..{SCALE[1]})")
+    return lambda: next(batches), {"samples": len(source), "processes" if processes else "threads": threads}
 
 
 def decoding(tars: Sequence[str], size: int, batch: int) -> tuple[Callable[[], None], dict[str, Any]]:
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             tars = photographs(stack.enter_context(tempfile.TemporaryDirectory()), given.photographs)
         options = dict(tars=tars, size=given.size, batch=given.batch)
-        workers = {"ours": ("ours", {}), "decoding": ("decoding", {}),
+        workers = {"ours": ("ours", {}), "ours, processes": ("ours", {"processes": True}), "decoding": ("decoding", {}),
                    **{f"open_clip, {n} worker{'s' * (n > 1)}": ("peer", {"workers": n}) for n in given.workers}}
         started = {name: stack.enter_context(paired.Worker(f"benchmarks.data_pipeline:{function}", {**options, **more}))
                    for name, (function, more) in workers.items()}

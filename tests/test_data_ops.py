@@ -147,8 +147,8 @@ def test_random_chains_are_pure_in_their_generator():
 
 def test_random_resized_crop_keeps_its_ranges(monkeypatch):
     boxes = []
-    real = Image.Image.crop
-    monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or real(self, box))
+    real = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, filter, box: boxes.append(box) or real(self, size, filter, box))
     image = Image.new("RGB", (100, 80))
     for seed in range(200):
         OPS["random_resized_crop"](image, np.random.default_rng(seed), 8, scale=(0.2, 0.6), ratio=(0.5, 2.0))
@@ -161,6 +161,16 @@ def test_random_resized_crop_keeps_its_ranges(monkeypatch):
     OPS["random_resized_crop"](Image.new("RGB", (500, 3)), np.random.default_rng(0), 8, scale=(1.0, 1.0))
     l, t, r, b = boxes[0]
     assert (t, b) == (0, 3) and r - l == 4 and abs(l + r - 500) <= 1  # the fallback: centred, widest allowed
+
+
+def test_random_resized_crop_is_the_crop_resized():
+    image, rng = gradient(120, 90), np.random.default_rng(5)
+    out = np.asarray(OPS["random_resized_crop"](image, rng, 30, scale=(0.3, 0.3), ratio=(1.0, 1.0)))
+    _, _, x, y = np.random.default_rng(5).random(4)
+    side = round((0.3 * 120 * 90) ** 0.5)
+    left, top = int(x * (121 - side)), int(y * (91 - side))
+    cropped = np.asarray(image.crop((left, top, left + side, top + side)).resize((30, 30), Image.Resampling.BICUBIC))
+    assert (out[2:-2, 2:-2] == cropped[2:-2, 2:-2]).all() and np.abs(out.astype(int) - cropped).max() < 16   # edges apart
 
 
 def test_flip_and_pad_and_squash():

@@ -7,6 +7,7 @@ from vlm_jax.data.order import (
     MIXTURE_PERIOD,
     MixtureOrder,
     Order,
+    generators,
     hash64,
     order_of,
     permute,
@@ -102,3 +103,15 @@ def test_replacements_are_pure_and_varied():
     assert picks == [Order(1000, 2).replacement(5, a) for a in range(1, 30)]
     assert len(set(picks)) > 25 and max(picks) < 1000
     assert order_of(range(10), 0).n == 10
+
+
+def test_generators_are_pure_and_independent():
+    positions = np.arange(10**9, 10**9 + 2000)
+    draws = np.array([[r.random(3) for r in generators(seed, positions, attempt)] for seed, attempt in ((0, 1), (0, 2), (1, 1))])
+    again = np.array([r.random(3) for r in generators(0, positions[7:9], 2)])
+    assert (again == draws[1, 7:9]).all()                              # of (seed, position, attempt) alone
+    assert len(np.unique(draws)) == draws.size
+    counts = np.stack([np.histogram(d, 20, (0, 1))[0] for d in draws.reshape(3, -1, 3).transpose(0, 2, 1).reshape(9, -1)])
+    assert (np.abs(counts - 100) < 5 * 100**0.5).all()                 # uniform, each draw of each stream
+    streams = np.concatenate([draws.transpose(0, 2, 1).reshape(9, -1), draws[0, :, 0][None, np.r_[1:2000, 0]]])
+    assert np.abs(np.corrcoef(streams) - np.eye(10)).max() < 5 / 2000**0.5     # across draws, attempts, seeds and neighbours

@@ -281,7 +281,7 @@ def test_preview_shows_an_example_and_how_captions_fit(spoilt, tokenizer):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"batch": 0}, "batch=0"), ({"seed": -1}, "seed=-1"), ({"augment": "flipp"}, "nearest: 'flip'"),
+    ({"batch": 0}, "batch=0"), ({"seed": -1}, "seed=-1"), ({"workers": -1}, "workers=-1"), ({"augment": "flipp"}, "nearest: 'flip'"),
     ({"augment": "flip"}, "not size=16"), ({"block": 0}, "block=0"), ({"bad_budget": 2}, "bad_budget=2"),
     ({"caption": "sampel"}, "nearest: 'sample'"),
 ])

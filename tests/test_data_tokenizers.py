@@ -45,6 +45,13 @@ def test_clip_ids_are_those_of_the_release(clip):
     assert {text: clip.encode(text)[1:-1] for text in expected} == expected
 
 
+def test_clip_reads_word_by_word_what_it_reads_as_a_whole(clip):
+    rng = np.random.default_rng(0)
+    parts = ["don't", "'LL", " ", "  ", "a", "Bicycle", "42", "é", "日本", "❤", "_", "\u200b", "&amp;", "ſ", "\n", "...", "'"]
+    for text in ("".join(rng.choice(parts, 8)) for _ in range(300)):
+        assert clip.encode(text)[1:-1] == clip._bpe.encode(clip.clean(text)).ids, text
+
+
 def test_clip_pads_with_zero_and_cuts_with_end(clip):
     assert (clip.vocab_size, clip.pad_id, clip.bos_id, clip.eos_id) == (49408, 0, 49406, 49407)
     ids, mask, cut = clip(["a cat", "a cat " * 50, ""], 77)

@@ -26,7 +26,7 @@ DEFAULTS: Mapping[str, Any] = dict(
     checkpoint=dict(every=1000, keep=2), log=dict(every=10, tensorboard=False, wandb=""))
 # May differ between a run and its resumption; every other change is refused by name. The last line changes where and in how many
 # passes a step is computed: results change by rounding, and in what dropout draws.
-MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget", "data.eval",
+MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "data.workers", "data.prefetch", "data.bad_budget", "data.eval",
               "mesh", "rules", "data.microbatch", "model.*.remat")
 
 

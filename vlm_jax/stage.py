@@ -46,6 +46,7 @@ class Data:
     block, window: the two-level permutation (data/order.py); block 1 is the full shuffle.
     caption, label: which field of a sample, "" for the source's own ("txt", "json:title", "txt@1;json:title@2" by weight);
         as a caption, "a photo of a {}" is filled with the name of the class.
+    workers: processes that make batches instead of the reader threads, 0 for none.
     bad_budget: the share of samples that may be unreadable before the run stops.
     """
     train: Any
@@ -63,6 +64,7 @@ class Data:
     block: int = 1
     window: int = 1
     threads: int = 2
+    workers: int = 0
     prefetch: int = 4
     bad_budget: float = 0.01
 
@@ -186,7 +188,7 @@ class Stage:
         return configs.call(
             pipeline.train_batches, {}, f"stages.{self.name}.data", source, self.tokenizer, batch=d.batch, size=d.size,
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
-            threads=d.threads, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
+            threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
             buckets=d.buckets, quarantine_path=str(quarantine))
 
     def keys_of_step(self, source: Any, step: int) -> list[str]:

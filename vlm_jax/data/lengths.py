@@ -34,6 +34,9 @@ class Lengths:
         self.parts = list(parts)
         self._start = np.array([0, *itertools.accumulate(len(p) for p in parts)])
 
+    def __reduce__(self):      # a file is opened again, not sent
+        return _opened, ([p.filename if isinstance(p, np.memmap) else p for p in self.parts],)
+
     def __len__(self) -> int:
         return int(self._start[-1])
 
@@ -46,6 +49,10 @@ class Lengths:
             rows = which == part
             out[rows] = self.parts[part][index[rows] - self._start[part]]
         return out
+
+
+def _opened(parts: Sequence[Any]) -> Lengths:
+    return Lengths([p if isinstance(p, np.ndarray) else np.memmap(p, np.uint16, "r") for p in parts])
 
 
 def token_lengths(source: Any, tokenizer: Tokenizer) -> Lengths | None:

@@ -114,22 +114,23 @@ def random_crop(image, rng, size: int):
 
 
 def random_resized_crop(image, rng, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size (torchvision's rule)."""
+    """A crop of ``scale`` of the area and ``ratio`` width:height, resized to size x size; the crop is drawn by torchvision's
+    rule. No copy of the crop is made: at its edges the filter reads the picture's own pixels beyond."""
     width, height = image.size
-    draws = rng.random((10, 2)).tolist()
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for u, v in draws:
+    for _ in range(10):
+        u, v, x, y = rng.random(4).tolist()
         area = width * height * (scale[0] + (scale[1] - scale[0]) * u)
         aspect = math.exp(low + (high - low) * v)
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             break
     else:  # the largest centred crop of an allowed ratio
         aspect = min(max(width / height, ratio[0]), ratio[1])
         w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
         left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((size, size), BICUBIC)
+    return image.resize((size, size), BICUBIC, (left, top, left + w, top + h))
 
 
 def pad(image, rng, fill: int = 255):
@@ -216,15 +217,19 @@ class Chain:
         self.text, self.size = text, size
         self._calls = [(function, arguments) for _, function, arguments in parse_chain(text, OPS, 2, {"size": size})]
         for shape in ((3 * size, size), (size, 3 * size)):
-            result = self(Image.new("RGB", shape), np.random.default_rng(0))
-            if result.shape != (size, size, 3):
-                raise ValueError(f"augment={text!r} turns a {shape[0]} x {shape[1]} image into {result.shape[1]} x "
-                                 f"{result.shape[0]}, not size={size} squared; end it with center_crop, squash or "
+            result = self.apply(Image.new("RGB", shape), np.random.default_rng(0))
+            if result.size != (size, size):
+                raise ValueError(f"augment={text!r} turns a {shape[0]} x {shape[1]} image into {result.width} x "
+                                 f"{result.height}, not size={size} squared; end it with center_crop, squash or "
                                  f"a random crop")
 
     def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(self.apply(image, rng))
+
+    def apply(self, image: Any, rng: np.random.Generator) -> Image.Image:
+        """The result as a Pillow image of mode RGB."""
         if isinstance(image, np.ndarray):
             image = to_image(image)
         for function, arguments in self._calls:
             image = function(image, rng, **arguments)
-        return np.asarray(_rgb(image))
+        return _rgb(image)

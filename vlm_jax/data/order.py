@@ -15,6 +15,9 @@ MAX_SAMPLES = 2**40
 ROUNDS = 8
 MIXTURE_PERIOD = 4096  # positions after which every stream of a mixture has had its exact share
 _U64 = np.uint64
+_STEP, _FIRST, _SECOND = _U64(0x9E3779B97F4A7C15), _U64(0xBF58476D1CE4E5B9), _U64(0x94D049BB133111EB)   # SplitMix64's
+_30, _27, _31 = _U64(30), _U64(27), _U64(31)
+_ROUND = [_U64(i << 48) for i in range(ROUNDS)]
 
 
 def hash64(*parts) -> np.ndarray:
@@ -22,12 +25,15 @@ def hash64(*parts) -> np.ndarray:
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
-            part = np.asarray(part % 2**64 if isinstance(part, int) else part).astype(np.uint64)
-            state = (state ^ part) + _U64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> _U64(27))) * _U64(0x94D049BB133111EB)
-            state = state ^ (state >> _U64(31))
+            state = _mix(state, np.asarray(part % 2**64 if isinstance(part, int) else part).astype(np.uint64))
     return state
+
+
+def _mix(state: np.ndarray, part: np.ndarray) -> np.ndarray:
+    state = (state ^ part) + _STEP
+    state = (state ^ (state >> _30)) * _FIRST
+    state = (state ^ (state >> _27)) * _SECOND
+    return state ^ (state >> _31)
 
 
 def permute(x: np.ndarray, n, key) -> np.ndarray:
@@ -36,26 +42,41 @@ def permute(x: np.ndarray, n, key) -> np.ndarray:
     ``n`` and ``key`` are scalars or arrays of x's shape (then each element has its own permutation).
     """
     x = np.asarray(x, np.uint64)
-    n, key = np.broadcast_to(np.asarray(n, np.uint64), x.shape), np.broadcast_to(np.asarray(key, np.uint64), x.shape)
-    out, todo = x, np.arange(x.size)
-    out = out.reshape(-1).copy()
-    n, key = n.reshape(-1), key.reshape(-1)
-    while todo.size:
-        out[todo] = _feistel(out[todo], n[todo], key[todo])
-        todo = todo[out[todo] >= n[todo]]
+    n, key = (np.broadcast_to(np.asarray(v, np.uint64), x.shape).reshape(-1) for v in (n, key))
+    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)  # exact: n is below 2**53
+    b = (n + a - _U64(1)) // a
+    key = hash64(key)
+    out = _feistel(x.reshape(-1), a, b, key)
+    while (outside := np.flatnonzero(out >= n)).size:
+        out[outside] = _feistel(out[outside], a[outside], b[outside], key[outside])
     return out.reshape(x.shape)
 
 
-def _feistel(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
-    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)  # exact: n is below 2**53
-    b = (n + a - _U64(1)) // a
+def _feistel(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
     left, right = x // b, x % b
     for i in range(ROUNDS):
         if i % 2:
-            right = (right + hash64(key, left + _U64(i << 48)) % b) % b
+            right = (right + _mix(key, left + _ROUND[i]) % b) % b
         else:
-            left = (left + hash64(key, right + _U64(i << 48)) % a) % a
+            left = (left + _mix(key, right + _ROUND[i]) % a) % a
     return left * b + right
+
+
+class _Words(np.random.bit_generator.ISeedSequence):
+    def __init__(self, words: np.ndarray):
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype=np.uint32) -> np.ndarray:
+        return self.words
+
+
+def generators(seed: int, positions: np.ndarray, attempt: int) -> list[np.random.Generator]:
+    """A generator for each position: what is drawn for its ``attempt``-th candidate follows from (seed, position, attempt).
+
+    PCG64 with hashed words for its state; numpy's own way there, a SeedSequence for each, takes ten times as long.
+    """
+    words = hash64(seed, attempt, 7, np.asarray(positions)[:, None], np.arange(4))
+    return [np.random.Generator(np.random.PCG64(_Words(row))) for row in words]
 
 
 class Order:

@@ -1,13 +1,14 @@
 """From a source to batches. The examples of training step s stand at positions s*batch ... (s+1)*batch - 1
 of the order, and everything drawn for a position follows from (seed, position): resuming is a number.
 
-Grain runs the reading: its dataset is the sequence of steps, its reader threads make one batch each.
+Grain runs the reading: its dataset is the sequence of steps, its reader threads make one batch each, or have it made by
+a reader process each (data/reader.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,28 +16,54 @@ import numpy as np
 from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
-from vlm_jax.data.engine import grain
 from vlm_jax.data.lengths import Lengths, token_lengths
-from vlm_jax.data.order import order_of
+from vlm_jax.data.order import generators, order_of
+from vlm_jax.data.reader import Readers
 from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import nearest
 
 MAX_ATTEMPTS = 64  # candidates tried for one position before the data counts as unusable
+TOGETHER = 64      # samples read before their pictures are decoded
+ORDERED = 4096     # positions whose order is computed together
 CAPTION_CHOICES = ("sample", "first")
 EVAL_AUGMENT = "resize|center_crop"
 
 
 class _Reader:
-    """Turns single samples into rows; counts nothing, shares nothing, safe in many threads."""
+    """Turns samples into rows; counts nothing, shares nothing, safe in many threads."""
 
     def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int):
         if caption not in CAPTION_CHOICES:
             raise ValueError(f"caption={caption!r} is not a way to choose a caption{nearest(caption, CAPTION_CHOICES)}")
         self.source, self.chain, self.caption, self.max_pixels = source, chain, caption, max_pixels
 
-    def __call__(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str, dict[str, Any]]:
-        """(uint8 [size, size, 3], caption, raw sample). Raises BadSample."""
+    def fill(self, image: np.ndarray, rows: Sequence[int], indices: Sequence[int],
+             rngs: Sequence[np.random.Generator]) -> list[tuple[str, dict[str, Any]] | BadSample]:
+        """Writes pictures into ``rows`` of ``image``; for each (caption, raw sample), or what is wrong with it.
+
+        All samples are read before the first picture is decoded: short loops stay in the processor's caches, and
+        threads seldom wait for each other.
+        """
+        pixels, each, found = image.reshape(-1).data, image[0].size, []
+        for index, rng in zip(indices, rngs):
+            try:
+                found.append(self._read(index, rng))
+            except BadSample as error:
+                found.append(error)
+        for i, (row, rng) in enumerate(zip(rows, rngs)):
+            if not isinstance(found[i], BadSample):
+                try:
+                    picture = found[i][1]["image"]
+                    if isinstance(picture, bytes):
+                        picture = ops.decode(picture, self.max_pixels)
+                    picture = self.chain.apply(picture, rng)
+                    pixels[row * each:(row + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
+                except BadSample as error:
+                    found[i] = error
+        return found
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
         sample = self.source[index]
         texts = sample["text"]
         if not texts:
@@ -45,12 +72,9 @@ class _Reader:
         if self.caption == "sample" and len(texts) > 1:
             bounds = np.cumsum(sample.get("text_weight", np.ones(len(texts))))
             text = texts[min(int(np.searchsorted(bounds, rng.random() * bounds[-1], "right")), len(texts) - 1)]
-        image = sample["image"]
-        if image is None:
+        if sample["image"] is None:
             raise BadSample("missing_image")
-        if isinstance(image, bytes):
-            image = ops.decode(image, self.max_pixels)
-        return self.chain(image, rng), text, sample
+        return text, sample
 
     def offence(self, index: int, error: BadSample) -> Offence:
         source = self.source
@@ -69,36 +93,50 @@ class _Steps:
         self.buckets = (*sorted(buckets), length)
         if self.buckets[0] < 2 or any(b >= length for b in self.buckets[:-1]):
             raise ValueError(f"buckets={tuple(buckets)} must lie between 2 and length={length}, which is always one")
+        self.run = max(1, ORDERED // batch)      # steps whose order is computed together
+        self._ordered: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))     # the last such run
 
     def __call__(self, step: int):
         positions = np.arange(step * self.batch, (step + 1) * self.batch)
-        indices = self.order.index(positions)
+        indices = self._indices(step)
         bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
         image = np.empty((self.batch, size, size, 3), np.uint8)
-        texts, keys, offences, seen = [], [], [], 0
-        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
+        texts, keys, offences, seen = [""] * self.batch, [""] * self.batch, [], 0
+        for start in range(0, self.batch, TOGETHER):
+            todo = dict(enumerate(indices[start:start + TOGETHER].tolist(), start))     # row -> the sample to try
             for attempt in range(1, MAX_ATTEMPTS + 1):
-                if bucket is not None and self.holding(int(self.lengths[index])) > bucket:      # a replacement that the batch cannot hold
-                    index = self.order.replacement(position, attempt)
-                    continue
-                seen += 1
-                try:
-                    image[row], text, sample = self.reader(index, np.random.default_rng((self.seed, position, attempt)))
+                rows = list(todo) if bucket is None or attempt == 1 else [      # a replacement may be one that the batch cannot hold
+                    row for row, index in todo.items() if self.holding(int(self.lengths[index])) <= bucket]
+                seen += len(rows)
+                found = self.reader.fill(image, rows, [todo[row] for row in rows], generators(self.seed, positions[rows], attempt))
+                for row, sample in zip(rows, found):
+                    if isinstance(sample, BadSample):
+                        offences.append((row, self.reader.offence(todo[row], sample)))
+                    else:
+                        texts[row], keys[row] = sample[0], sample[1]["key"]
+                        del todo[row]
+                if not todo:
                     break
-                except BadSample as error:
-                    offences.append(self.reader.offence(index, error))
-                    index = self.order.replacement(position, attempt)
+                todo = {row: self.order.replacement(int(positions[row]), attempt) for row in todo}
             else:
-                return None, seen, offences
-            texts.append(text)
-            keys.append(sample["key"])
+                break
+        offences = [offence for _, offence in sorted(offences, key=lambda pair: pair[0])]
+        if todo:
+            return None, seen, offences
         text, mask, _ = self.tokenizer(texts, self.length)
         length = bucket or self.holding(int(mask.sum(axis=1).max()))
         return {"image": image, "text": text[:, :length], "text_mask": mask[:, :length],
                 "caption_id": np.array([hash31(normalise_caption(t)) for t in texts], np.int32),
                 "image_id": np.array([hash31(k) for k in keys], np.int32)}, seen, offences
 
+    def _indices(self, step: int) -> np.ndarray:
+        run, row = divmod(step, self.run)
+        ordered = self._ordered
+        if ordered[0] != run:
+            positions = np.arange(run * self.run * self.batch, (run + 1) * self.run * self.batch)
+            ordered = self._ordered = (run, self.order.index(positions).reshape(self.run, self.batch))
+        return ordered[1][row]
 
     def holding(self, tokens: int) -> int:
         """The smallest bucket for a caption of ``tokens``; the last one cuts what is longer."""
@@ -106,11 +144,13 @@ class _Steps:
 
 
 class _Batches:
-    """An iterator over a Grain dataset. ``ledger``: bad samples so far. ``close()`` ends the reader threads; leaving a
-    ``with`` block does so too."""
+    """An iterator over ``read(number)`` for each of ``numbers``. ``ledger``: bad samples so far. ``close()`` ends the reader
+    threads; leaving a ``with`` block does so too."""
 
-    def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, ledger: Ledger):
+    def __init__(self, read: Callable[[int], Any], numbers: range, threads: int, prefetch: int, ledger: Ledger):
+        from vlm_jax.data.engine import grain      # which imports JAX: reader processes come here for _Steps alone
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
         self._iterator = iter(dataset.to_iter_dataset(options))
         self.ledger = ledger
 
@@ -130,12 +170,20 @@ class _Batches:
 class TrainBatches(_Batches):
     """Yields (step, batch)."""
 
-    def __init__(self, steps: _Steps, start: int, stop: int | None, threads: int, prefetch: int, ledger: Ledger):
-        numbers = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
-        super().__init__(numbers.map(steps), threads, prefetch, ledger)
+    def __init__(self, steps: _Steps, start: int, stop: int | None, threads: int, workers: int, prefetch: int, ledger: Ledger):
+        self.readers = Readers(steps, workers) if workers else None
+        numbers = range(start, sys.maxsize if stop is None else stop)
+        super().__init__(self.readers or steps, numbers, workers or threads, prefetch, ledger)
         self._step = start
 
+    def close(self) -> None:
+        if self.readers:
+            self.readers.close()
+        super().close()
+
     def __next__(self) -> tuple[int, dict[str, np.ndarray]]:
+        if self.readers:
+            self.readers.check()
         batch, seen, offences = next(self._iterator)
         self.ledger.add(seen, offences)  # in the order of the steps: a run stops at the same one every time
         if batch is None:
@@ -145,17 +193,21 @@ class TrainBatches(_Batches):
 
 
 def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str, seed: int,
-                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, prefetch: int = 4,
+                  start_step: int = 0, stop_step: int | None = None, threads: int = 2, workers: int = 0, prefetch: int = 4,
                   block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
                   quarantine_path: str | None = None, buckets: Sequence[int] = (),
                   max_pixels: int = ops.MAX_PIXELS) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
     ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
-    (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``prefetch``: batches made
-    ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``: "sample" draws one of several
-    captions by their weights, "first" takes the first. A batch is a pure function of (seed, step): threads
-    and restarts do not change it.
+    (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``workers``: reader processes instead
+    of threads; ``prefetch``: batches made ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``:
+    "sample" draws one of several captions by their weights, "first" takes the first. A batch is a pure function of
+    (seed, step): threads, processes and restarts do not change it.
+
+    Threads share one interpreter, which decoding and resizing let go of. Processes pay where little else is done for an
+    image (small ones, chains of many operations), or where the training loop itself needs the interpreter; each has its
+    own copy of what the source holds in memory. A process that dies is an error (RuntimeError) that names its exit status.
 
     ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
     caption. Which one follows from (seed, step) and the column of caption lengths (``lengths.token_lengths``), so that processes
@@ -165,20 +217,20 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     ``quarantine_path``; past ``bad_budget`` (``bad.Ledger``) BadDataError is raised. Raises ValueError for a
     wrong argument.
     """
-    if batch < 1 or size < 1 or length < 2 or seed < 0:
-        raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}: at least 1, 1, 2 and 0")
+    if batch < 1 or size < 1 or length < 2 or seed < 0 or workers < 0:
+        raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}, workers={workers}: at least 1, 1, 2, 0 and 0")
     reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels)
     steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed,
                    buckets=buckets, lengths=token_lengths(source, tokenizer) if buckets else None)
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
-    return TrainBatches(steps, start_step, stop_step, threads, prefetch, ledger)
+    return TrainBatches(steps, start_step, stop_step, threads, workers, prefetch, ledger)
 
 
 class EvalBatches(_Batches):
     """Yields (batch, meta); ``len()`` is the number of batches."""
 
     def __init__(self, read, count: int, threads: int, prefetch: int, ledger: Ledger):
-        super().__init__(grain.MapDataset.range(0, count).map(read), threads, prefetch, ledger)
+        super().__init__(read, range(count), threads, prefetch, ledger)
         self._count = count
 
     def __len__(self) -> int:
@@ -208,12 +260,12 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
         ids = np.zeros((2, batch), np.int32)
         mask, meta, offences, texts = np.zeros(batch, bool), [], [], []
         indices = range(number * batch, min((number + 1) * batch, total))
-        for row, index in enumerate(indices):
-            try:
-                image[row], text, sample = reader(index, np.random.default_rng((0, index)))
-            except BadSample as error:
-                offences.append(reader.offence(index, error))
+        found = reader.fill(image, range(len(indices)), indices, generators(0, np.array(indices), 1))
+        for row, (index, sample) in enumerate(zip(indices, found)):
+            if isinstance(sample, BadSample):
+                offences.append(reader.offence(index, sample))
                 continue
+            text, sample = sample
             mask[row] = True
             texts.append(text)
             ids[:, row] = hash31(normalise_caption(text)), hash31(sample["key"])
@@ -241,12 +293,13 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
     """
     reader = _Reader(source, ops.Chain(augment, size), "first", ops.MAX_PIXELS)
     errors = []
+    image = np.empty((1, size, size, 3), np.uint8)
     for index in range(min(MAX_ATTEMPTS, len(source))):
-        try:
-            image, caption, sample = reader(index, np.random.default_rng(0))
+        found, = reader.fill(image, [0], [index], generators(0, np.zeros(1, int), 1))
+        if not isinstance(found, BadSample):
+            caption, sample = found
             break
-        except BadSample as error:
-            errors.append(str(error))
+        errors.append(str(found))
     else:
         raise BadDataError(f"none of the first {len(errors)} samples of {name_of(source)} can be read; "
                            f"the first: {errors[:1]}")
@@ -257,7 +310,7 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
         except BadSample:
             continue
     ids, mask, _ = tokenizer([caption], length)
-    return {"key": sample["key"], "image": image, "caption": caption, "ids": ids[0][mask[0]].tolist(),
+    return {"key": sample["key"], "image": image[0], "caption": caption, "ids": ids[0][mask[0]].tolist(),
             "decoded": tokenizer.decode(ids[0]), "samples": len(source), "captions": len(tokens),
             "tokens_mean": float(np.mean(tokens)), "tokens_max": int(max(tokens)),
             "truncated": float(np.mean(np.array(tokens) > length))}

@@ -254,7 +254,7 @@ def build_index(path: str, stamp: list) -> bytes:
             samples, pack = _scan(path, read, stamp[0], counts)
     else:
         with open(path, "rb", buffering=0) as file:
-            samples, pack = _scan(path, lambda offset, size: os.pread(file.fileno(), size, offset), stamp[0], counts)
+            samples, pack = _scan(path, lambda offset, size: read_at(file, size, offset), stamp[0], counts)
 
     sets: dict[tuple[str, ...], int] = {}
     set_of, first, offset, size = [], [0], [], []
@@ -312,6 +312,19 @@ def _pack(content: bytes, samples: int) -> dict | None:
     return None
 
 
+if hasattr(os, "pread"):
+    def read_at(file, size: int, offset: int) -> bytes:
+        """``size`` bytes of an open file from ``offset`` on; safe in many threads."""
+        return os.pread(file.fileno(), size, offset)
+else:       # Windows
+    _seeking = threading.Lock()
+
+    def read_at(file, size: int, offset: int) -> bytes:
+        with _seeking:
+            file.seek(offset)
+            return file.read(size)
+
+
 class TarIndex:
     """An index file, memory-mapped. Attributes: ``samples`` (number), ``counts``, ``sets`` (extensions,
     number of samples), ``pack`` (of ``__pack__`` all but the keys, or None), and the columns as read-only arrays."""
@@ -351,14 +364,14 @@ class TarIndex:
         return {k: v for k, v in self.__dict__.items() if k != "_map" and k not in self._columns}
 
     def key(self, row: int) -> str:
-        start = int(self.key_end[row - 1]) if row else 0
-        return self.keys[start:int(self.key_end[row])].tobytes().decode()
+        start = self.key_end.item(row - 1) if row else 0
+        return self.keys[start:self.key_end.item(row)].tobytes().decode()
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """{extension: (offset, size)} of a sample."""
-        names = self.sets[self.set[row]][0]
-        at = int(self.first[row])
-        return {k: (int(self.offset[at + j]), int(self.size[at + j])) for j, k in enumerate(names)}
+        names, at = self.sets[self.set.item(row)][0], self.first.item(row)
+        end = at + len(names)
+        return dict(zip(names, zip(self.offset[at:end].tolist(), self.size[at:end].tolist())))
 
 
 def open_index(path: str) -> TarIndex:
@@ -421,6 +434,8 @@ class TarSource(RecordSource):
                                      f"{f', and {len(other) - 1} more' if other[1:] else ''}; their labels do not mean the same")
         super().__init__(f"tars:{pattern}", caption or ("txt;json:captions" if packed else "txt"), label, classes)
         self._wanted = set(self._caption_kinds())
+        self._kinds = {field.kind for field in self.fields()}
+        self._prefixes = [self._prefix(shard) for shard in range(len(self.paths))]
         sizes = []
         for path, index in zip(self.paths, self._indices):
             self.counts.update(index.counts)
@@ -476,7 +491,7 @@ class TarSource(RecordSource):
 
     def key(self, i: int) -> str:
         shard, row = self._place(i)
-        return self._prefix(shard) + self._indices[shard].key(row)
+        return self._prefixes[shard] + self._indices[shard].key(row)
 
     def keys(self) -> Iterator[str]:
         for shard, index in enumerate(self._indices):
@@ -510,8 +525,7 @@ class TarSource(RecordSource):
         shard, row = self._place(i)
         members = self._indices[shard].members(row)
         image = next((k for k in members if k in IMAGE_KINDS), None)
-        wanted = kinds or (image, *(f.kind for f in self.fields()))
-        members = {k: v for k, v in members.items() if k in wanted}
+        members = {k: v for k, v in members.items() if (k in kinds if kinds else k == image or k in self._kinds)}
         record = self._read(shard, members)
         if image in record:
             record["image"] = record.pop(image)
@@ -526,29 +540,29 @@ class TarSource(RecordSource):
     def _read(self, shard: int, members: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         if not members:
             return {}
-        low = min(offset for offset, _ in members.values())
-        high = max(offset + size for offset, size in members.values())
-        if high - low <= sum(size for _, size in members.values()) + 64 * _BLOCK:  # neighbours: one read for all
+        places = members.values()
+        low, high = min(places)[0], max(map(sum, places))
+        if high - low <= sum(size for _, size in places) + 64 * _BLOCK:  # neighbours: one read for all
             span = self._bytes(shard, low, high - low)
-            out = {k: span[offset - low:offset - low + size] for k, (offset, size) in members.items()}
-        else:
-            out = {k: self._bytes(shard, offset, size) for k, (offset, size) in members.items()}
-        if any(len(out[k]) != size for k, (_, size) in members.items()):
-            raise BadSample("short_read", f"{self.paths[shard]} is shorter than when it was indexed")
-        return out
+            return {k: span[offset - low:offset - low + size] for k, (offset, size) in members.items()}
+        return {k: self._bytes(shard, offset, size) for k, (offset, size) in members.items()}
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         path = self.paths[shard]
         if is_remote(path):
             fs, inner = filesystem(path)
-            return fs.cat_file(inner, start=offset, end=offset + size)
-        file = self._files.get(shard)
-        if file is None:
-            with self._lock:
-                while len(self._files) >= OPEN_FILES:  # closed when the last reader lets go of it
-                    self._files.pop(next(iter(self._files)))
-                file = self._files.setdefault(shard, open(path, "rb", buffering=0))
-        return os.pread(file.fileno(), size, offset)
+            data = fs.cat_file(inner, start=offset, end=offset + size)
+        else:
+            file = self._files.get(shard)
+            if file is None:
+                with self._lock:
+                    while len(self._files) >= OPEN_FILES:  # closed when the last reader lets go of it
+                        self._files.pop(next(iter(self._files)))
+                    file = self._files.setdefault(shard, open(path, "rb", buffering=0))
+            data = read_at(file, size, offset)
+        if len(data) != size:
+            raise BadSample("short_read", f"{path} is shorter than when it was indexed")
+        return data
 
 
 def _with_lengths(path: str, caption: str, tokenizer: str) -> TarIndex:

@@ -13,6 +13,7 @@ import hashlib
 import html
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from vlm_jax.errors import nearest
 DESCRIPTION = "tokenizer_kind.json"  # in a saved directory: {"kind": ...}
 CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 BYTES_FROM = 1000
+WORDS_KEPT = 2**16       # ids of words that CLIP's tokenizer remembers
 CLIP_PACKAGES = ("open_clip", "clip")
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
@@ -51,23 +53,24 @@ class Tokenizer:
     def _files(self) -> dict[str, bytes]:
         raise NotImplementedError
 
+    def __reduce__(self):
+        return type(self), tuple(self._files().values())      # each is made of its file
+
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(ids int32 [n, length] padded on the right, mask bool [n, length] True where real, texts cut short).
 
         A text that is too long keeps its first ids and ends in ``eos_id`` all the same.
         """
+        rows = [self.encode(text) for text in texts]
+        cut = [row for row in rows if len(row) > length]
+        for row in cut:
+            del row[length:]
+            if self.eos_id is not None:
+                row[-1] = self.eos_id
         ids = np.full((len(texts), length), self.pad_id, np.int32)
-        mask, cut = np.zeros((len(texts), length), bool), 0
-        for i, text in enumerate(texts):
-            row = self.encode(text)
-            if len(row) > length:
-                cut += 1
-                row = row[:length]
-                if self.eos_id is not None:
-                    row[-1] = self.eos_id
-            ids[i, :len(row)] = row
-            mask[i, :len(row)] = True
-        return ids, mask, cut
+        mask = np.arange(length) < np.array([len(row) for row in rows], np.int64)[:, None]
+        ids[mask] = list(itertools.chain.from_iterable(rows))
+        return ids, mask, len(cut)
 
     def fingerprint(self) -> str:
         """Equal for tokenizers of the same files."""
@@ -157,6 +160,7 @@ class ClipTokenizer(Tokenizer):
         self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed", invert=True),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        self._known: dict[str, list[int]] = {}
         self._fix = _ftfy()
         self.cleans_with_ftfy = self._fix is not None
 
@@ -167,7 +171,16 @@ class ClipTokenizer(Tokenizer):
         return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
     def encode(self, text: str) -> list[int]:
-        return [self.bos_id, *self._bpe.encode(self.clean(text)).ids, self.eos_id]
+        ids = [self.bos_id]
+        for word in self.clean(text).split():       # no merge crosses a space: a word's ids are the same in every text
+            known = self._known.get(word)
+            if known is None:
+                known = self._bpe.encode(word).ids
+                if len(self._known) < WORDS_KEPT:
+                    self._known[word] = known
+            ids += known
+        ids.append(self.eos_id)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text = "".join(self._tokens[i] for i in self._until_end(ids) if i < self.bos_id)
