@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlm_jax.data.bad import BadSample
-from vlm_jax.data.ops import OPS, Chain, decode, to_image
+from vlm_jax.data.ops import OPS, ORIENTATION, Chain, decode, to_image
 
 
 def encode(image, kind="PNG", **options):
@@ -212,3 +212,15 @@ def test_to_image_takes_what_people_have(tmp_path):
         assert (np.asarray(to_image(picture)) == np.asarray(image)).all()
     with pytest.raises(ValueError, match="float64"):
         to_image(np.zeros((3, 3, 3)))
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_photographs_of_a_turned_camera_are_turned_upright(value):
+    """As Pillow's own exif_transpose does."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)).save(out, "PNG", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(out.getvalue())))
+    np.testing.assert_array_equal(np.asarray(decode(out.getvalue())), np.asarray(wanted))
+    assert wanted.size == ((24, 16) if value < 5 else (16, 24))

@@ -22,13 +22,16 @@ from vlm_jax.data.chain import parse_chain
 MAX_PIXELS = 2**26
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 BICUBIC = Image.Resampling.BICUBIC
+ORIENTATION = 0x0112     # EXIF's tag, and what undoes each of its values
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes JPEG, PNG, WebP, GIF or BMP to an image of mode RGB, L or CMYK.
 
-    Of an animation the first frame; transparency is laid over white; 16-bit grey is rounded to 8. EXIF rotation
-    is not applied (as in the CLIP lineage's loaders). Raises BadSample: "empty_image", "not_an_image",
+    Of an animation the first frame; transparency is laid over white; 16-bit grey is rounded to 8. An image
+    whose EXIF data say that the camera was turned is turned upright (the CLIP lineage's loaders leave it lying). Raises BadSample: "empty_image", "not_an_image",
     "too_many_pixels" (told from the header, before any pixel is decoded), "truncated_image", "broken_image".
     """
     if not data:
@@ -38,6 +41,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise BadSample("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
         image.load()
+        if "exif" in image.info and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
+            image = image.transpose(turn)
         return _flatten(image)
     except Image.UnidentifiedImageError:
         raise BadSample("not_an_image", f"starts with {data[:16]!r}") from None

@@ -9,7 +9,7 @@ the same order, with the same keys (so that "#train" and "#val" split it the sam
 
 Every image is decoded once, and a sample that cannot be read is left out and told. Its bytes are copied untouched, unless --size=N
 shrinks it: an image whose shorter side has more than N pixels is brought to N (bicubic) and written again, JPEG and WebP as JPEG of
-quality 95, the others as PNG; of its metadata, the orientation stays. Pixels that a source gives without a file become PNG.
+quality 95, the others as PNG, upright and without its metadata. Pixels that a source gives without a file become PNG.
 
 The tars follow from the source and the options alone. Each is written under a temporary name and renamed when it is whole; the same
 command again keeps those that are, and goes on.
@@ -44,7 +44,6 @@ from vlm_jax.data.tars import PACK, open_index
 from vlm_jax.errors import ConfigError
 
 SETTINGS = "pack.json"      # in the folder of the tars: what they were packed from
-ORIENTATION = 0x0112
 _STARTS = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"))
 
 
@@ -68,12 +67,8 @@ class _Members(NamedTuple):
 def shrink(data: bytes, image: Image.Image, size: int) -> tuple[str, bytes]:
     """(extension, bytes) of a decoded image with its shorter side brought to ``size``; see above."""
     lossy = data[:2] == b"\xff\xd8" or data[:4] == b"RIFF"
-    exif = Image.Exif()
-    turned = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION)
-    if turned:
-        exif[ORIENTATION] = turned
     out = io.BytesIO()
-    ops.resize(image, None, size).convert("RGB").save(out, "JPEG" if lossy else "PNG", exif=exif, **({"quality": 95} if lossy else {}))
+    ops.resize(image, None, size).convert("RGB").save(out, "JPEG" if lossy else "PNG", **({"quality": 95} if lossy else {}))
     return "jpg" if lossy else "png", out.getvalue()
 
 
