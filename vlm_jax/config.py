@@ -64,6 +64,8 @@ def stage(**sections: Any) -> dict[str, Any]:
     out = {**defaults, **sections}
     for key in ("checkpoint", "log", "mesh"):
         out[key] = {**defaults[key], **out[key]}
+    if "data" in out:      # a key that any config may be given on the command line
+        out["data"] = {"workers": 0, **out["data"]}
     unknown = set(out) - set(STAGE_KEYS)
     missing = set(STAGE_KEYS) - set(out)
     if unknown:
