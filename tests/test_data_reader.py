@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from tests.test_data_pipeline import OPTIONS, collect, picture, same, tar_of
@@ -54,7 +53,6 @@ def test_processes_make_the_batches_of_threads(folder, tokenizer):
 
 ANSWERS = """
 import os, sys
-import numpy as np
 import vlm_jax.data.pipeline
 from vlm_jax.data.bad import BadSample
 
@@ -81,8 +79,8 @@ def test_answers_errors_and_deaths(tmp_path, monkeypatch):
     readers = Readers(answers_of_readers.answer, 1)
     loaded, numbers, empty = readers(0)
     assert loaded == [] and numbers.tolist() == [0, 2, 4] and empty.shape == (0, 3)
-    readers.processes[0].send_signal(signal.SIGINT)     # Ctrl-C and a preemption reach the whole group: the parent decides
-    readers.processes[0].send_signal(signal.SIGTERM)
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):     # Ctrl-C and a preemption reach the whole group: the parent decides
+        readers.processes[0].send_signal(stop)
     with pytest.raises(BadSample, match="^short_read: k1") as caught:
         readers(1)
     assert "answers_of_readers.py" in caught.value.__notes__[0]

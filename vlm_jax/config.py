@@ -67,6 +67,8 @@ def stage(**sections: Any) -> dict[str, Any]:
     out = {**DEFAULTS, **sections}
     for key in ("checkpoint", "log", "mesh"):
         out[key] = {**DEFAULTS[key], **out[key]}
+    if "data" in out:      # a key that any config may be given on the command line
+        out["data"] = {"workers": 0, **out["data"]}
     unknown = set(out) - set(STAGE_KEYS)
     missing = set(STAGE_KEYS) - set(out)
     if unknown:

@@ -148,7 +148,7 @@ class _Batches:
     threads; leaving a ``with`` block does so too."""
 
     def __init__(self, read: Callable[[int], Any], numbers: range, threads: int, prefetch: int, ledger: Ledger):
-        from vlm_jax.data.engine import grain      # which imports JAX: reader processes come here for _Steps alone
+        from vlm_jax.data.engine import grain      # which imports JAX: reader processes come to this module for _Steps alone
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
         self._iterator = iter(dataset.to_iter_dataset(options))

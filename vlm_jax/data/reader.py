@@ -3,8 +3,8 @@
 A process is ``python -m vlm_jax.data.reader``, started by its parent: not a fork, which JAX's threads do not survive, and no
 second run of the main script, so that unguarded scripts and notebooks work. It imports neither JAX nor Grain. Its stdin
 brings the function, pickled, and then numbers; its stdout takes a frame for each: the count of its parts, their sizes, a
-pickle of (done, value or exception), and the arrays in it as they lie in memory. It ends when its stdin does, whatever
-became of the parent.
+pickle of (done, value or exception), and the arrays in it as they lie in memory. It ends when its stdin or its parent does,
+killed or not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
@@ -129,6 +130,13 @@ def _listen(stream: BinaryIO, requests: queue.SimpleQueue) -> None:
         requests.put(_NUMBER.unpack(read(_NUMBER.size))[0])
 
 
+def _watch(parent: int) -> None:
+    """Ends the process with its parent even where another, forked from the parent, keeps our stdin open."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
 def _answer(stream: BinaryIO, answer: tuple[bool, Any]) -> None:
     buffers: list[pickle.PickleBuffer] = []
     parts = [memoryview(pickle.dumps(answer, 5, buffer_callback=buffers.append)), *(b.raw() for b in buffers)]
@@ -149,12 +157,14 @@ def _sendable(error: Exception) -> Exception:
 
 
 def main() -> None:
-    for stop in (signal.SIGINT, signal.SIGTERM):      # meant for the parent, which may need more batches before it stops
-        signal.signal(stop, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):      # meant for the parent, which may need more batches before it stops
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)      # what libraries print is no answer
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, requests), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     refused = None
     try:
         steps = pickle.loads(requests.get())
