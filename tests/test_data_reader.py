@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -53,6 +54,7 @@ def test_processes_make_the_batches_of_threads(folder, tokenizer):
 
 ANSWERS = """
 import os, sys
+import numpy as np
 import vlm_jax.data.pipeline
 from vlm_jax.data.bad import BadSample
 
@@ -141,7 +143,16 @@ def test_an_unguarded_script_runs_and_no_process_outlives_it(folder, tmp_path):
     script.kill()
     _, errors = script.communicate(timeout=60)      # ends when the last process that holds its stderr is gone
     assert errors == ""
-    for pid in answer.split("] ")[1].split():
-        if os.path.exists(f"/proc/{pid}/stat"):     # at most a zombie, where nobody reaps orphans
-            with open(f"/proc/{pid}/stat") as file:
-                assert file.read().rpartition(")")[2].split()[0] == "Z"
+    deadline = time.time() + 60
+    while alive := [pid for pid in answer.split("] ")[1].split() if running(pid)]:
+        assert time.time() < deadline, alive
+        time.sleep(0.02)
+
+
+def running(pid):
+    """At most a zombie is left, where nobody reaps orphans."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
