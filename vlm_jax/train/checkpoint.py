@@ -35,6 +35,12 @@ from jax.experimental import multihost_utils
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Every device writes a part of an array that they all hold, but not of a small one: to cut it, a program for
+# every shape is compiled at the first save, and run at each.
+SMALLEST_PART = 2**20   # bytes
+WRITERS = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_PART)))
 log = logging.getLogger("vlm_jax.checkpoint")
 
 Skipped = list[tuple[int, str]]
@@ -317,7 +323,7 @@ class Checkpointer:
         self.keep = keep
         self.directory.mkdir(parents=True, exist_ok=True)
         # Weights do not compress: zstd would take cores from the training step for a few percent.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=WRITERS))
         self._thread: threading.Thread | None = None
         self._in_flight: int | None = None
         self._error: BaseException | None = None
