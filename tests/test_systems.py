@@ -21,18 +21,32 @@ CONTEXT = Context(jax.random.key(0), jnp.int32(0))
 
 
 @functools.cache
+def preset(name):
+    """(stage, variables, batch) of a preset, the same ones for every test: what is compiled for one serves the others."""
+    stage = stage_of(name)
+    return stage, merge(weights(name), {}, {}), batch_of(stage)
+
+
 def coca():
-    stage = stage_of("coca")
-    return stage, merge(weights("coca"), {}, {}), batch_of(stage)
+    return preset("coca")
 
 
-def loss_of(stage, variables, batch):
-    return jax.jit(lambda v, b: stage.system.loss(v, {}, b, CONTEXT))(variables, batch)
+@functools.cache
+def compiled(fn, **options):
+    return jax.jit(functools.partial(fn, **options))
+
+
+def loss_of(stage, variables, batch, context=CONTEXT):
+    return compiled(stage.system.loss)(variables, {}, batch, context)
+
+
+def predict(stage, name, variables, batch, **options):
+    return compiled(stage.system.predict[name], **options)(variables, batch)
 
 
 def test_at_the_start_the_loss_is_that_of_guessing():
-    stage = stage_of("clip")
-    value, out = loss_of(stage, merge(weights("clip"), {}, {}), batch_of(stage))
+    stage, variables, batch = preset("clip")
+    value, out = loss_of(stage, variables, batch)
     # unit vectors at scale 10 are not all at one distance, so "near"
     assert abs(float(value) - math.log(stage.data.batch)) < 1.0 and set(out.metrics) >= {"con", "scale"}
     stage, variables, batch = coca()
@@ -74,7 +88,7 @@ def test_weights_of_zero_leave_a_pure_clip_or_a_pure_captioner():
     assert "cap" not in clip_out.metrics and "con" not in cap_out.metrics
     np.testing.assert_allclose(both, con + cap, rtol=1e-6)
     np.testing.assert_allclose(both, out.metrics["con"] + 2 * out.metrics["cap"], rtol=1e-6)
-    found = stage.system.predict["embed"](variables, batch)
+    found = predict(stage, "embed", variables, batch)
     plain, _ = contrastive(found["image_embed"], found["text_embed"], found["logit_scale"])
     np.testing.assert_allclose(con, plain, rtol=1e-5)
 
@@ -82,8 +96,7 @@ def test_weights_of_zero_leave_a_pure_clip_or_a_pure_captioner():
 def test_text_features_know_no_image_and_captions_do():
     stage, variables, batch = coca()
     other = {**batch, "image": batch["image"][::-1].copy()}
-    features, logits = (jax.jit(lambda b, f=f: stage.system.predict[f](variables, b)) for f in ("features", "caption_logits"))
-    embed = jax.jit(lambda b: stage.system.predict["embed"](variables, b))
+    features, embed, logits = (lambda b, f=f: predict(stage, f, variables, b) for f in ("features", "embed", "caption_logits"))
     assert np.array_equal(features(batch)["text"], features(other)["text"])
     assert np.array_equal(embed(batch)["text_embed"], embed(other)["text_embed"])
     assert np.abs(logits(batch)["logits"] - logits(other)["logits"]).max() > 1e-3
@@ -94,7 +107,10 @@ def test_caption_logits_are_causal_and_pads_do_not_count():
     at = 5
     changed = {**batch, "text": batch["text"].copy()}
     changed["text"][:, at] = 7
-    logits = jax.jit(lambda b: stage.system.predict["caption_logits"](variables, b)["logits"])
+
+    def logits(batch):
+        return predict(stage, "caption_logits", variables, batch)["logits"]
+
     assert np.array_equal(logits(batch)[:, :at], logits(changed)[:, :at])
     assert np.any(logits(batch)[:, at:] != logits(changed)[:, at:])
     padded = {**batch, "text": np.where(batch["text_mask"], batch["text"], 9)}    # what stands in padding
@@ -109,14 +125,12 @@ def test_caption_logits_are_causal_and_pads_do_not_count():
 def test_cached_decoding_equals_whole_forwards(method):
     stage, variables, batch = coca()
     options = dict(beams=1) if method == "beam" else {}
-    found = jax.jit(lambda b: stage.system.predict["generate"](variables, b, method=method, max_length=10, **options))(
-        {"image": batch["image"]})["text"]
-    logits = jax.jit(lambda b: stage.system.predict["caption_logits"](variables, b)["logits"])
+    found = predict(stage, "generate", variables, {"image": batch["image"]}, method=method, max_length=10, **options)["text"]
     text = np.full((8, stage.data.length), stage.tokenizer.pad_id, np.int32)
     text[:, 0] = stage.tokenizer.bos_id
     done = np.zeros(8, bool)
     for t in range(9):
-        best = np.argmax(logits({"image": batch["image"], "text": text})[:, t], -1)
+        best = np.argmax(predict(stage, "caption_logits", variables, {"image": batch["image"], "text": text})["logits"][:, t], -1)
         text[:, t + 1] = np.where(done, stage.tokenizer.pad_id, best)
         done |= best == stage.tokenizer.eos_id
     assert np.array_equal(found, text[:, :10])
@@ -125,11 +139,16 @@ def test_cached_decoding_equals_whole_forwards(method):
 def test_extend_gives_the_logits_of_the_whole_text():
     stage, variables, batch = coca()
     model, text = stage.system.model, batch["text"]
-    whole = stage.system.predict["caption_logits"](variables, {"image": batch["image"], "text": text})["logits"]
-    _, memory = model.apply(variables, batch["image"], method="encode_image")
-    cache = model.apply(variables, 8, stage.data.length, memory, method="init_cache")
-    first, cache = model.apply(variables, cache, text[:, :3], memory, method="extend")
-    rest, _ = model.apply(variables, cache, text[:, 3:], method="extend")
+    whole = predict(stage, "caption_logits", variables, {"image": batch["image"], "text": text})["logits"]
+
+    @jax.jit
+    def in_two_parts(variables, image, text):
+        _, memory = model.apply(variables, image, method="encode_image")
+        cache = model.apply(variables, 8, stage.data.length, memory, method="init_cache")
+        first, cache = model.apply(variables, cache, text[:, :3], memory, method="extend")
+        return first, model.apply(variables, cache, text[:, 3:], method="extend")[0]
+
+    first, rest = in_two_parts(variables, batch["image"], text)
     real = batch["text_mask"]     # past the end the whole text hides padding, which decoding never writes
     np.testing.assert_allclose(np.concatenate([first, rest], 1)[real], np.asarray(whole)[real], atol=1e-4)
 
@@ -166,15 +185,11 @@ def test_every_clip_size_takes_the_cbow_text_tower_or_its_own(arg):
 
 def test_patch_dropout_is_for_training_alone():
     stage = stage_of("clip", lambda s: s.model.image.update({"patch_dropout": 0.5}))
-    variables, batch = merge(weights("clip"), {}, {}), batch_of(stage)
-    a, b, c = (loss_of_context(stage, variables, batch, context) for context in (
+    whole, variables, batch = preset("clip")
+    a, b, c = (float(loss_of(stage, variables, batch, context)[0]) for context in (
         CONTEXT, Context(jax.random.key(1), jnp.int32(0)), Context(jax.random.key(1), jnp.int32(0), train=False)))
-    full, _ = loss_of(stage_of("clip"), variables, batch)
+    full, _ = loss_of(whole, variables, batch)
     assert a != b and c == pytest.approx(float(full), rel=1e-6)
-
-
-def loss_of_context(stage, variables, batch, context):
-    return float(jax.jit(lambda v, b: stage.system.loss(v, {}, b, context)[0])(variables, batch))
 
 
 def test_a_text_tower_that_looks_at_padding_takes_no_buckets():
