@@ -205,9 +205,9 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     "sample" draws one of several captions by their weights, "first" takes the first. A batch is a pure function of
     (seed, step): threads, processes and restarts do not change it.
 
-    Threads share one interpreter, which decoding and resizing let go of. Processes pay where little else is done for an
-    image (small ones, chains of many operations), or where the training loop itself needs the interpreter; each has its
-    own copy of what the source holds in memory. A process that dies is an error (RuntimeError) that names its exit status.
+    Threads share one interpreter, which decoding and resizing let go of: they do for photographs. Processes pay where
+    pictures are small, so that Python is much of the work (docs/results.md), or many threads wait for each other; each has its
+    own copy of what the source holds in memory. One that dies is a RuntimeError that names its exit status.
 
     ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
     caption. Which one follows from (seed, step) and the column of caption lengths (``lengths.token_lengths``), so that processes
