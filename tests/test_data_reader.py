@@ -53,6 +53,7 @@ def test_processes_make_the_batches_of_threads(folder, tokenizer):
 
 ANSWERS = """
 import os, sys
+import numpy as np
 import vlm_jax.data.pipeline
 from vlm_jax.data.bad import BadSample
 
