@@ -34,6 +34,18 @@ def test_it_learns_what_can_be_told_and_nothing_else():
     assert blind.scores["probe/top1"] < 0.6 and blind.scores["probe/top1/majority"] == pytest.approx(22 / 64)
 
 
+def test_classes_are_matched_by_name():
+    """The evaluation folder lacks the middle class: its label 1 is the training data's 2."""
+    class Named:
+        def __init__(self, *classes):
+            self.classes = list(classes)
+    test = [{**b, "meta": [{**m, "label": {0: 0, 2: 1}[m["label"]]} if m else m for m in b["meta"]]} for b in batches(np.array([0, 2] * 10), 60, 1)]
+    found = run("probe", PREDICT, test, tokenizer=None, source=Named("a", "c"), train_batches=batches(LABELS, 60, 0), train_source=Named("a", "b", "c"))
+    assert found.scores["probe/top1"] == 1.0 and {i["label"] for i in found.items} == {"a", "c"}
+    with pytest.raises(ConfigError, match="class 'cc' of the evaluation data.*nearest: 'c'"):
+        run("probe", PREDICT, test, tokenizer=None, source=Named("a", "cc"), train_batches=batches(LABELS, 60, 0), train_source=Named("a", "b", "c"))
+
+
 def test_the_fit_is_the_minimum():
     """At the minimum of the regularised loss: bias gradients vanish, and weights = x^T (truth - odds) / strength."""
     rng = np.random.default_rng(0)

@@ -42,7 +42,8 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 
     source, fitted = opened(data, "--data"), {}
     if "train_batches" in inspect.signature(evals.KINDS[kind]).parameters:
-        fitted["train_batches"] = model.stage.eval_batches(opened(train, "--train"), batch, None)
+        fitted["train_source"] = opened(train, "--train")
+        fitted["train_batches"] = model.stage.eval_batches(fitted["train_source"], batch, None)
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
     model.ids("")     # without a tokenizer no batch can be made

@@ -175,7 +175,7 @@ class StageRun:
             if setting.kind not in evals.KINDS:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
-                               ("predict", "batches", "tokenizer", "source", "train_batches"))
+                               ("predict", "batches", "tokenizer", "source", "train_batches", "train_source"))
         metric, average = self.select.metric, self.select.average
         watched = [name for name in self.evals if self.every[name]]
         if metric and metric.partition("/")[0] not in watched:
@@ -344,7 +344,8 @@ class StageRun:
             with self.console.waiting(f"evaluating {name}"):
                 source = stage.open(setting.data or stage.data.eval)
                 if "train_batches" in inspect.signature(evals.KINDS[setting.kind]).parameters:
-                    fitted["train_batches"] = stage.eval_batches(stage.open(setting.train or stage.data.train), setting.batch, None)
+                    fitted["train_source"] = stage.open(setting.train or stage.data.train)
+                    fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
                 result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
                                    tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():

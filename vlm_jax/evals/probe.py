@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from vlm_jax.errors import ConfigError
+from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import Images, embed_images, needs
 from vlm_jax.evals.evaluation import Evaluation
@@ -20,7 +20,7 @@ STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6)
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any = None, source: Any = None,
-             train_batches: Iterable[Mapping[str, Any]] = (), classes: Sequence[str] = (), strengths: Sequence[float] = STRENGTHS,
+             train_batches: Iterable[Mapping[str, Any]] = (), train_source: Any = None, classes: Sequence[str] = (), strengths: Sequence[float] = STRENGTHS,
              iterations: int = 1000) -> Evaluation:
     """Fits on ``train_batches`` and scores on ``batches``: L2-regularised multinomial logistic regression by L-BFGS on the
     standardised unit embeddings (CLIP, section 3.2 and appendix A). The strength of the regularisation is that with the best accuracy
@@ -29,7 +29,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     Args:
         predict: needs "embed".
         batches, train_batches: host batches with ``image`` and ``meta`` (``label``, an index into the classes).
-        classes: names; empty takes ``source.classes``, or the labels' numbers.
+        classes: names; empty takes ``train_source.classes``, or the labels' numbers. Where both sources name their classes, labels
+            are matched by name: a folder may lack a class that the other has.
         strengths: of the L2 term, summed over samples (1 / scikit-learn's C).
 
     Returns:
@@ -39,7 +40,13 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     embed = needs(predict, "embed", "probe")
     train, test = embed_images(embed, train_batches), embed_images(embed, batches)
     fitted, wanted = _labels(train, "training"), _labels(test, "evaluation")
-    names = list(classes) or list(getattr(source, "classes", None) or map(str, range(int(max(fitted.max(), wanted.max())) + 1)))
+    named, asked = (list(getattr(x, "classes", None) or ()) for x in (train_source, source))
+    names = list(classes) or named or asked or list(map(str, range(int(max(fitted.max(), wanted.max())) + 1)))
+    if named and asked and not classes:
+        unknown = [name for name in asked if name not in named]
+        if unknown:
+            raise ConfigError(f"probe: class {unknown[0]!r} of the evaluation data is not one of the training data{nearest(unknown[0], named)}")
+        wanted = np.array([named.index(asked[label]) for label in wanted])
     if max(fitted.max(), wanted.max()) >= len(names):
         raise ConfigError(f"probe: label {max(fitted.max(), wanted.max())} is not one of the {len(names)} classes")
     if len(np.unique(fitted)) < 2:
