@@ -184,7 +184,7 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         shapes = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=partitioning.sharding(
             mesh, ("batch",) + ("none",) * (len(s.shape) - 1), s.shape)) for k, s in stage.spec.items()}
         program = None
-        if not stage.data.buckets:
+        if start < total and not stage.data.buckets:
             with console.waiting("compiling the train step"):
                 program = step_fn.lower(state, shapes)
         console.overview(stage.name, folder, stage.plan, mesh, stage.config, example, program, source)
