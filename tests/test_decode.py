@@ -49,10 +49,11 @@ class Tiny:
         return jax.tree.map(np.asarray, run(prompt))
 
     def log_probs(self, row, texts):
-        """float64 [n,V] next-id log-probabilities after texts (equal lengths) of one row."""
-        ids = np.zeros((len(texts), LENGTH), np.int32)
-        ids[:, :len(texts[0])] = texts
-        return np.asarray(jax.nn.log_softmax(self.logits(jnp.asarray(ids), len(texts[0]), self.bias[row])), np.float64)
+        """float64 [n,V] next-id log-probabilities after texts (equal lengths) of one row, in numpy."""
+        tables, logits = np.asarray(self.tables, np.float64), np.asarray(self.bias[row], np.float64)
+        for distance, ids in enumerate(np.array(texts).T[::-1]):
+            logits = logits + tables[distance, ids] * 0.5 ** distance
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def every_text(model, row, ends, penalty):
@@ -152,10 +153,10 @@ def test_several_ends_each_end_a_text():
 
 
 def test_repetition_penalty_follows_ctrl():
-    scores = jnp.array([[2.0, -2.0, 1.0, 3.0]])
-    out = choose.penalise_repetition(scores, jnp.array([[0, 1, 1, 3]]), jnp.int32(3), 2.0)
+    scores, penalise = jnp.array([[2.0, -2.0, 1.0, 3.0]]), jax.jit(choose.penalise_repetition, static_argnums=3)
+    out = penalise(scores, jnp.array([[0, 1, 1, 3]]), jnp.int32(3), 2.0)
     assert out.tolist() == [[1.0, -4.0, 1.0, 3.0]]          # the fourth id does not stand yet
-    out = choose.penalise_repetition(scores[None], jnp.array([[[0, 1, 1, 3]]]), jnp.int32(3), 2.0)
+    out = penalise(scores[None], jnp.array([[[0, 1, 1, 3]]]), jnp.int32(3), 2.0)
     assert out.tolist() == [[[1.0, -4.0, 1.0, 3.0]]]        # beams beside the batch
     def repeats(**options):
         text = Tiny(rows=32, seed=7).generate(min_length=LENGTH, **options)["text"]
@@ -166,7 +167,7 @@ def test_repetition_penalty_follows_ctrl():
 def frequencies(**options):
     logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.07, 0.03]))
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    drawn = choose.draw(jax.random.key(0), jnp.broadcast_to(logits, (40_000, 5)), **options)
+    drawn = jax.jit(lambda key: choose.draw(key, jnp.broadcast_to(logits, (40_000, 5)), **options))(jax.random.key(0))
     return np.bincount(np.asarray(drawn), minlength=5) / 40_000
 
 
@@ -219,8 +220,8 @@ def test_stops_when_every_row_is_done(method):
         jax.debug.callback(lambda: calls.append(1))
         return jnp.zeros((tokens.shape[0], VOCAB)).at[:, EOS].set(50.0), (), cache
 
-    out = generate(prefill, extend, jnp.full((2, 1), BOS), method=method, beams=2, max_length=500, eos_ids=EOS,
-                   pad_id=PAD)
+    run = jax.jit(lambda p: generate(prefill, extend, p, method=method, beams=2, max_length=500, eos_ids=EOS, pad_id=PAD))
+    out = run(jnp.full((2, 1), BOS))
     jax.effects_barrier()
     assert out["text"][:, :3].tolist() == [[BOS, EOS, PAD]] * 2
     assert len(calls) <= 3                                  # beam must fill two places, greedy needs none

@@ -21,8 +21,8 @@ def trained(tmp_path_factory):
     stage = config.stages.pretrain
     stage.steps, stage.optim.ema = 4, 0.5
     stage.mesh.data = 8
-    stage.evals = dict(caption=dict(kind="caption", examples=12, batch=8), zeroshot=dict(kind="zeroshot", data="scenes:objects",
-                       examples=12, batch=8, options=dict(templates="scene")))
+    stage.evals = dict(caption=dict(kind="caption", examples=12, batch=8, options=dict(shown=2)),
+                       zeroshot=dict(kind="zeroshot", data="scenes:objects", examples=12, batch=8, options=dict(templates="scene")))
     assert run.run(config, workdir) == 0
     return workdir
 

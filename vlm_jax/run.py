@@ -280,7 +280,7 @@ class StageRun:
             stage.tokenizer.save(folder / "tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
-        if not stage.data.buckets:
+        if start < self.total and not stage.data.buckets:
             with self.console.waiting("compiling the train step"):
                 program = step_fn.lower(state, partitioning.abstract(stage.spec, self.mesh))
             memory.warn(program, self.mesh, self.console.say)
