@@ -41,7 +41,7 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
         return configs.call(sources.open_source, {}, where, spec, **fields)
 
     source, fitted = opened(data, "--data"), {}
-    if "train_batches" in inspect.signature(evals.KINDS[kind]).parameters:
+    if "train_source" in inspect.signature(evals.KINDS[kind]).parameters:
         fitted["train_source"] = opened(train, "--train")
         fitted["train_batches"] = model.stage.eval_batches(fitted["train_source"], batch, None)
     elif train:
