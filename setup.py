@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+JAX = ">=0.10,<0.12"    # the versions that the tests ran on; a newer minor release is opened here after they pass on it
+
 setup(
     name="vlm_jax",
     version="0.1.0",
@@ -9,8 +11,7 @@ setup(
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={"vlm_jax.data": ["assets/*"]},
     install_requires=[
-        # the versions that the tests ran on; a newer minor release is opened here after they pass on it
-        "jax>=0.10,<0.12",
+        "jax" + JAX,
         "flax>=0.12,<0.14",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
@@ -21,6 +22,7 @@ setup(
         "grain>=0.2.15",
         "numpy>=2.0",
         "pillow>=11",
+        "pyyaml>=6",
         "tokenizers>=0.21",
         "scipy>=1.13",
         "fsspec",
@@ -31,8 +33,9 @@ setup(
         "absl-py>=2",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]" + JAX],
+        "cuda12": ["jax[cuda12]" + JAX],     # GPUs before Turing (V100, P100), which CUDA 13 dropped; older drivers
+        "tpu": ["jax[tpu]" + JAX],
         "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
         "hub": ["huggingface_hub>=2.4"],

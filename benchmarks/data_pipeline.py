@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import paired
-from vlm_jax.data.tars import find_tars
+from vlm_jax.data.tars import find_files
 
 SCALE = (0.9, 1.0)      # of the area that a crop keeps; open_clip's default
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = paired.machine()
     with contextlib.ExitStack() as stack:
         if given.tars:
-            tars = find_tars(given.tars.removeprefix("tars:"))
+            tars = find_files(given.tars.removeprefix("tars:"))
         else:
             tars = photographs(stack.enter_context(tempfile.TemporaryDirectory()), given.photographs)
         options = dict(tars=tars, size=given.size, batch=given.batch)

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks import models, paired
 from vlm_jax.config import parse_arg
-from vlm_jax.data.tars import find_tars
+from vlm_jax.data.tars import find_files
 
 BATCH = 252
 PARAMETERS = 14_040_961     # of both models of equal work
@@ -88,7 +88,7 @@ def peer(given: argparse.Namespace) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         log = run([sys.executable, "-m", "open_clip_train.main", "--model", models.write_peer_config(folder, PEER), "--name", "run",
                    "--logs", folder, "--device", "cpu", "--precision", "fp32", "--dataset-type", "webdataset", "--train-data",
-                   "::".join(find_tars(given.tars)), "--train-num-samples", str(given.steps * given.batch), "--epochs", "1",
+                   "::".join(find_files(given.tars)), "--train-num-samples", str(given.steps * given.batch), "--epochs", "1",
                    "--batch-size", str(given.batch), "--workers", "1", "--lr", "1e-3", "--wd", "0.1", "--beta1", "0.9", "--beta2", "0.98",
                    "--eps", "1e-6", "--warmup", "1", "--aug-cfg", "scale=(0.8,1.0)", "--seed", "0", "--log-every-n-steps", "1"])
         return logged_seconds(log, given.batch)

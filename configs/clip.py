@@ -8,9 +8,9 @@ python -m vlm_jax.main --config=configs/clip.py:b32 --config.stages.pretrain.dat
 python -m vlm_jax.main --config=configs/clip.py:small --config.stages.pretrain.data.train='tars:/data/emoji/{00..03}.tar' ...
     64-pixel images, 14M parameters: for small collections; see docs/results.md.
 text=cbow trains the bag-of-words text encoder instead of the transformer.
-python -m vlm_jax.main --config=configs/clip.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+python -m vlm_jax.main --config=configs/clip.py:b32,tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
     --config.stages.finetune.data.train=folder:/photos
-    Goes on from trained or imported weights (tune=full|head|lora); task=classes for class folders.
+    Goes on from trained or imported weights (tune=full|head|lora; the size sets the rates); task=classes for class folders.
 """
 
 from vlm_jax import config as c
@@ -100,7 +100,7 @@ def small(res, text):
         optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.1,
                    muon_exclude=(".*/table", ".*/position_embed"), schedule="cosine", warmup="5%", clip_norm=1.0,
                    clamps=(("logit_scale", 0.0, MAX_SCALE),), ema=0.0, max_bad_steps=10),
-        data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="clip",
+        data=dict(train="", eval="", batch=252, microbatch=0, size=res, length=32, tokenizer="train:2000",
                   augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)|grayscale(p=0.1)", eval_augment="resize|center_crop",
                   buckets=(16, 20, 24), threads=2, prefetch=4, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)),

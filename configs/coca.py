@@ -6,9 +6,9 @@ python -m vlm_jax.main --config=configs/coca.py
 python -m vlm_jax.main --config=configs/coca.py:base --config.stages.pretrain.data.train='tars:gs://bucket/{00000..41455}.tar' \\
     --config.stages.pretrain.data.eval=tars:... --config.stages.pretrain.data.tokenizer=sentencepiece:/path/64k.model
     A size of the paper (base, large, 2b) or of open_clip (b32_open, l14_open) on your own pairs; ``small`` for few of them.
-python -m vlm_jax.main --config=configs/coca.py:tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
+python -m vlm_jax.main --config=configs/coca.py:l14_open,tune=lora --stage=finetune --config.stages.finetune.init=DIR_OR_HF \\
     --config.stages.finetune.data.train=folder:/photos
-    Goes on from trained or imported weights (tune=full|head|lora), for captions or retrieval; task=classes for class folders.
+    Goes on from trained or imported weights (tune=full|head|lora; the size sets the rates), for captions or retrieval; task=classes for class folders.
 """
 
 from vlm_jax import config as c
@@ -87,14 +87,14 @@ def scenes(res):
 
 
 def small(res):
-    """The embedded preset a little larger, for a few thousand captioned pictures of one's own (with a tokenizer of their own)."""
+    """The embedded preset a little larger, for a few thousand captioned pictures of one's own, with a tokenizer trained on their captions."""
     stage = scenes(res)
     few = dict(width=128, heads=4, layers=3, mlp_dim=384)
     for tower in ("image", "text", "decoder"):
         stage["model"][tower].update(few)
     stage["model"]["poolers"]["heads"] = 4
     stage["model"].update(mean=CLIP_MEAN, std=CLIP_STD)
-    stage["data"].update(train="", eval="", batch=64, tokenizer="", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
+    stage["data"].update(train="", eval="", batch=64, tokenizer="train:2000", length=40, augment="random_resized_crop(scale=0.6..1)|color_jitter(hue=0.05)",
                          eval_augment="resize|center_crop", threads=2)
     stage["loss"]["duplicates"] = "positives"
     stage["optim"]["muon_lr"] = 0.05

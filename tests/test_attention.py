@@ -73,7 +73,7 @@ def test_choice_is_logged_once(caplog):
 def test_cudnn_is_asked_for_where_chosen(monkeypatch):
     seen = {}
     monkeypatch.setattr(attention, "target", lambda: "gpu")
-    monkeypatch.setattr(attention, "_capability", lambda: 9.0)
+    monkeypatch.setattr(attention, "cuda_capability", lambda: 9.0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kw: seen.update(kw) or q)
     attend(*(x.astype(BF16) for x in qkv(k=5)), causal="causal")
     assert seen == {"is_causal": True, "implementation": "cudnn"}

@@ -51,6 +51,7 @@ def test_json_round_trip_and_changes():
     assert c.changes(config.stages.a, again.stages.a) == []
     again.stages.a.optim.lr, again.stages.a.steps = 2e-3, 9
     assert c.changes(config.stages.a, again.stages.a) == ["optim.lr: 0.001 -> 0.002"]
+    assert c.changes({"model": {"image": {"width": 8}}}, {"model": {"image": {"remat": "full", "width": 9}}}) == ["model.image.width: 8 -> 9"]
 
 
 def run_main(*args):

@@ -139,6 +139,8 @@ def test_train_command_on_a_file_and_on_a_source(tmp_path, capsys):
     tokenizers.main(["train", f"--input=jsonl:{tmp_path}/d.jsonl", "--vocab=320", f"--out={tmp_path}/two"])
     one, two = load(str(tmp_path / "one")), load(str(tmp_path / "two"))
     assert one.encode("a red cat") == two.encode("a red cat") and len(one.encode("a red cat")) == 5
+    assert tokenizers.main(["train", f"--input=folder:{tmp_path}", f"--out={tmp_path}/three"]) == 43
+    assert "error: folder:" in (err := capsys.readouterr().err) and "holds no image" in err
 
 
 def test_tokenizer_json(tmp_path):

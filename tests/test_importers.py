@@ -126,7 +126,7 @@ def test_a_source_without_a_tokenizer_imports_and_says_so(tmp_path):
     with pytest.raises(ConfigError, match="without a tokenizer"):
         model.embed_text("a red square")
     record = json.loads((tmp_path / "out" / "import.json").read_text())
-    assert record["release"] == "open_clip" and len(record["sha256"]["open_clip_pytorch_model.bin"]) == 64
+    assert record["release"] == "open_clip" and len(record["tensors"]) > len(record["ignored"])
 
 
 def test_a_tiny_vocabulary_comes_along_and_goes_back(tmp_path):

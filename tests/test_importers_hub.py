@@ -15,12 +15,13 @@ import urllib.parse
 
 import numpy as np
 import pytest
+import yaml
 
 import vlm_jax
 from tests.parity import compare
 from tests.tiny import ROOT, get_config
 from vlm_jax import config as configs
-from vlm_jax import run
+from vlm_jax import provenance, run
 from vlm_jax import stage as stages
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers import cli, hub, read, write
@@ -28,7 +29,8 @@ from vlm_jax.importers import cli, hub, read, write
 pytest.importorskip("huggingface_hub")
 STORED = ROOT / "tests" / "parity" / "stored"
 NEVER = {"pytorch_model.bin": b"a pickle", "modeling_clip.py": b"raise SystemExit", "onnx/model.safetensors": b"of a folder",
-         "README.md": b"words"}
+         "onnx/README.md": b"of a folder"}
+CARD = {"README.md": b"---\nlicense: mit\n---\nwords"}
 
 
 # ---- a hub on loopback -------------------------------------------------------------------------
@@ -97,6 +99,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name not in store.refs:
                 store.commit(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
             return self.answer({"url": f"{store.url}/{name}"})
+        if parts == ["api", "validate-yaml"]:
+            front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            wrong = "license" in front and front["license"] not in ("mit", "other", "cc-by-nc-4.0")
+            return self.answer({"errors": [{"message": '"license" must be one of'}] * wrong, "warnings": []}, 400 if wrong else 200)
         if parts[0] == "lfs":
             store.blobs[parts[1]] = body
             return self.answer()
@@ -178,7 +184,7 @@ def files_of(folder):
 
 def hf_clip(name="hf_new_end"):
     """A CLIPModel's repository: what counts is config.json and model.safetensors."""
-    return {**{n: b for n, b in files_of(STORED / name).items() if n in ("config.json", "model.safetensors")}, **NEVER}
+    return {**{n: b for n, b in files_of(STORED / name).items() if n in ("config.json", "model.safetensors")}, **NEVER, **CARD}
 
 
 def open_clip(tmp_path, name="open_clip_custom_text"):
@@ -219,11 +225,11 @@ def test_only_the_releases_own_files_are_fetched(release, server, tmp_path):
     commit = server.commit("tiny/both", open_clip(tmp_path))
     assert cli.main(["--src=hf:tiny/both", f"--out={tmp_path / 'out'}", *filter(None, [release])]) == 0
     weights, name = ("model.safetensors", "hf_new_end") if "hf" in release else ("open_clip_model.safetensors", "open_clip_custom_text")
-    assert server.fetched() == {"config.json", "open_clip_config.json", weights}
+    assert server.fetched() == {"config.json", "open_clip_config.json", "README.md", weights}
     asked = [line for line in server.asked if "/resolve/" in line]
     assert asked.index(f"GET /tiny/both/resolve/{commit}/{weights}") == len(asked) - 1      # what describes comes first
-    record = json.loads((tmp_path / "out" / "import.json").read_text())
-    assert record["commit"] == commit and record["source"] == "hf:tiny/both" and set(record["sha256"]) == {weights}
+    source = provenance.read(tmp_path / "out")["source"]
+    assert source["commit"] == commit and source["path"] == "hf:tiny/both" and set(source["sha256"]) == {weights}
     assert same_answers(tmp_path / "out", name)
 
 
@@ -231,8 +237,8 @@ def test_shards_come_with_their_index(server, tmp_path):
     server.commit("tiny/shards", sharded(tmp_path))
     assert cli.main(["--src=hf:tiny/shards", f"--out={tmp_path / 'out'}"]) == 0
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
-    assert server.fetched() == {"config.json", *shards}
-    assert set(json.loads((tmp_path / "out" / "import.json").read_text())["sha256"]) == shards
+    assert server.fetched() == {"config.json", "README.md", *shards}
+    assert set(provenance.read(tmp_path / "out")["source"]["sha256"]) == shards
     assert same_answers(tmp_path / "out", "hf_new_end")
 
 
@@ -247,7 +253,7 @@ def test_a_revision_is_honoured_and_the_cache_serves_without_the_hub(server, use
                 use_hub(server.url, offline=True)
                 server.asked.clear()
             assert cli.main([f"--src={path}", f"--out={out}"]) == 0, capsys.readouterr().err
-            assert json.loads((out / "import.json").read_text())["commit"] == commit
+            assert provenance.read(out)["source"]["commit"] == commit
             if how == "offline":
                 assert not server.asked
         use_hub(server.url)
@@ -273,7 +279,7 @@ def test_any_safetensors_where_the_usual_name_is_not_there(server, use_hub, tmp_
     files["weights.safetensors"] = files.pop("open_clip_model.safetensors")
     server.commit("tiny/odd", files)
     assert cli.main(["--src=hf:tiny/odd", f"--out={tmp_path / 'out'}"]) == 0
-    assert server.fetched() == {"open_clip_config.json", "weights.safetensors"}
+    assert server.fetched() == {"open_clip_config.json", "README.md", "weights.safetensors"}
     server.stop()
     assert cli.main(["--src=hf:tiny/odd", f"--out={tmp_path / 'again'}"]) == 0
 
@@ -294,7 +300,7 @@ def test_what_the_hub_does_not_have(server, tmp_path, capsys):
     assert "name one of its branches, tags or commits" in refused("hf:tiny/pickles@v9", tmp_path / "out", capsys)
     assert "name one of its branches, tags or commits" in refused("hf:tiny/pickles@" + "0" * 40, tmp_path / "out", capsys)
     assert "holds no safetensors file" in refused("hf:tiny/pickles", tmp_path / "out", capsys)
-    assert server.fetched() == {"config.json"}
+    assert server.fetched() == {"config.json", "README.md"}
 
 
 def test_no_hub_and_no_cache_is_exit_43(use_hub, tmp_path, capsys):
@@ -319,6 +325,8 @@ def test_a_push_uploads_the_export_and_it_comes_back(server, tmp_path, capsys):
     assert f"pushed to {server.url}/me/mine/commit/{commit}" in capsys.readouterr().out
     assert [(name, str(kind)) for name, kind in server.created] in ([("me/mine", "private")], [("me/mine", "True")])
     pushed = {n: b for n, b in server.commits[commit].items() if n != ".gitattributes"}
+    front = yaml.safe_load(pushed["README.md"].split(b"---")[1])
+    assert front["license"] == "mit" and front["base_model"] == ["tiny/clip"]
     assert pushed == files_of(tmp_path / "out") and pushed["model.safetensors"] == hf_clip()["model.safetensors"]
     assert cli.main(["--src=hf:me/mine", f"--out={tmp_path / 'again'}"]) == 0
     assert same_answers(tmp_path / "again", "hf_new_end")
@@ -376,7 +384,7 @@ def test_init_from_the_hub(init, server, use_hub, tmp_path, monkeypatch):
     given = given_at_start(config, tmp_path / "run", monkeypatch)
     assert set(given) == set(wanted) and all(np.array_equal(given[p], wanted[p]) for p in wanted)
     folder, = (tmp_path / "run" / "imported").iterdir()
-    assert json.loads((folder / "import.json").read_text())["source"].startswith("hf:tiny/clip")
+    assert provenance.read(folder)["source"]["path"].startswith("hf:tiny/clip")
     # again without hub and cache: what was imported stays
     server.stop()
     use_hub("http://127.0.0.1:9", home=tmp_path / "other_home")

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / "vlm_jax"
 LEAVES = {"errors"}
 ALLOWED = {  # package or module -> our packages and modules that it may import
     "errors": set(),
-    "system": set(), "partitioning": set(), "config": set(), "weight_rules": set(),
+    "system": set(), "partitioning": set(), "config": set(), "weight_rules": set(), "provenance": set(),
     "nn": {"partitioning"},
     "models": {"nn", "partitioning"},
     "losses": {"partitioning"}, "decode": {"partitioning"},
@@ -18,12 +18,12 @@ ALLOWED = {  # package or module -> our packages and modules that it may import
     "train": {"system", "partitioning", "weight_rules", "data.batch"},
     "data": set(),
     "evals": {"system", "data", "partitioning"},
-    "importers": {"weight_rules", "models", "data.tokenizers"},
+    "importers": {"weight_rules", "models", "data.tokenizers", "provenance"},
     "report": set(),
 }
-COMMANDS = {"main", "run", "stage", "loading", "predict", "console", "evaluate", "doctor", "capfilt", "__init__"}
+COMMANDS = {"main", "run", "stage", "loading", "memory", "processes", "predict", "console", "evaluate", "doctor", "capfilt", "__init__"}
 COMMAND_FILES = {"importers/cli.py"}
-DEVICE_FREE = {"data", "report", "errors", "config"}
+DEVICE_FREE = {"data", "report", "errors", "config", "provenance"}
 FORBIDDEN = re.compile(r"\b(PartitionSpec|process_index|NamedSharding|make_mesh)\b|\bMesh\(")
 
 

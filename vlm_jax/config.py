@@ -7,6 +7,7 @@ misspelt or unread key is an error before anything is compiled.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import inspect
 import json
@@ -23,9 +24,10 @@ STAGE_KEYS = ("system", "model", "loss", "lora", "trainable", "init", "optim", "
 DEFAULTS: Mapping[str, Any] = dict(
     loss={}, lora={}, trainable=(".*",), init=(), evals={}, select={}, seed=0, rules="dp", mesh=dict(data=0, fsdp=0, tensor=0),
     checkpoint=dict(every=1000, keep=2), log=dict(every=10, tensorboard=False, wandb=""))
-# May differ between a run and its resumption; every other change is refused by name.
-MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget",
-              "data.eval", "mesh", "rules")
+# May differ between a run and its resumption; every other change is refused by name. The last line changes where and in how many
+# passes a step is computed: results change by rounding, and in what dropout draws.
+MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "data.prefetch", "data.bad_budget", "data.eval",
+              "mesh", "rules", "data.microbatch", "model.*.remat")
 
 
 def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:
@@ -190,7 +192,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     a, b = flatten(old), flatten(new)
     lines = []
     for key in sorted(a.keys() | b.keys()):
-        if any(key == k or key.startswith(k + ".") for k in MAY_CHANGE):
+        if any(fnmatch.fnmatchcase(key, k) or key.startswith(k + ".") for k in MAY_CHANGE):
             continue
         if a.get(key, "(absent)") != b.get(key, "(absent)"):
             lines.append(f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}")

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from vlm_jax.data import sources
+
 PLAIN_SECONDS = 5.0   # without a terminal, at most one line in this time
 HIDDEN = ("step", "lr", "bad_steps")
 
@@ -74,6 +76,8 @@ class Console:
         data = config["data"]
         self.say(f"data: {data['train']}: {len(source):,} samples, batch {data['batch']}, {steps} steps = "
                  f"{steps * data['batch'] / max(1, len(source)):.3g} epochs")
+        if sources.left_out(source):
+            self.say(f"left out: {sources.left_out(source)}")
         self.say(f"captions: {example['tokens_mean']:.1f} tokens on average, {example['tokens_max']} at most, cut to {data['length']}: "
                  f"{example['truncated']:.1%} (of {example['captions']} looked at)")
         self.say(f"example {example['key']!r}: {example['caption']!r}\n  ids {example['ids']}\n  read back: {example['decoded']!r}; "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as configs
-from vlm_jax import partitioning
+from vlm_jax import partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.pipeline import EVAL_AUGMENT
@@ -26,10 +26,12 @@ class Model:
     predict: name -> function(batch, **static) -> dict of numpy arrays. ``batch`` holds ``image``
     as uint8 [b, h, w, 3] (normalised inside) or float32 (taken as normalised) and ``text`` as
     int32 ids [b, l]; the names are those of the system ("embed", "features", "generate", ...). Sampling takes ``key=``.
+    provenance: the directory's record, {} where it has none. licence: of the weights taken over, None where there are none.
     """
 
-    def __init__(self, stage: stages.Stage, variables: Mapping[str, Any]):
+    def __init__(self, stage: stages.Stage, variables: Mapping[str, Any], record: Mapping[str, Any]):
         self.stage, self.variables = stage, variables
+        self.provenance, self.licence = record, provenance.licence_of(record)
         self.config, self.tokenizer = stage.config, stage.tokenizer
         self.preprocess = ops.Chain(stage.data.eval_augment or EVAL_AUGMENT, stage.data.size)
         self.predict = stages.bind(stage.system, variables, partitioning.make_mesh("dp", devices=jax.devices()[:1]))
@@ -85,8 +87,8 @@ class Model:
 def load(directory: str | pathlib.Path) -> Model:
     """Opens a work directory (its last stage), a stage directory, or an imported directory.
 
-    Averaged weights (optim.ema) are taken where the stage kept them. Raises ConfigError where
-    the directory holds no model.
+    Averaged weights (optim.ema) are taken where the stage kept them. Warns (``provenance.NonCommercialWeights``) of
+    weights that may not be used commercially. Raises ConfigError where the directory holds no model.
     """
     folder = stages.newest_stage(pathlib.Path(directory))
     config = configs.from_json((folder / "config.json").read_text())
@@ -100,4 +102,6 @@ def load(directory: str | pathlib.Path) -> Model:
         raise ConfigError(f"{folder} lacks {len(missing)} leaves of its model, the first: {sorted(missing)[0]}")
     params = {p: jnp.asarray(leaves[p]) for p in stage.plan.shapes}
     moving = {p: jnp.asarray(leaves[p]) for p in stage.plan.moving}
-    return Model(stage, merge(params, {}, moving))
+    record = provenance.read(folder)
+    provenance.tell_licence(folder, record)
+    return Model(stage, merge(params, {}, moving), record)

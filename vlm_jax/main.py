@@ -3,7 +3,7 @@
 python -m vlm_jax.main --config=configs/coca.py[:args] [--workdir=DIR] [--config.stages.pretrain.optim.lr=3e-4]
 
 Exit codes: 0 done, 42 stopped by a signal and saved (the same command resumes), 43 bad config
-or data, or a loss that stayed non-finite.
+or data, a loss that stayed non-finite, out of memory, or a process that did not come.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from vlm_jax import processes
 from vlm_jax.errors import ConfigError
 
 FLAGS = flags.FLAGS
@@ -25,6 +26,12 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Work directory (default: runs/<con
 STAGE = flags.DEFINE_string("stage", "", "Run this stage alone (default: the config's stages in order).")
 EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest checkpoint and stop.")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "cpu", "gpu", "tpu"], "Where to run (default: the best that JAX finds).")
+
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (also where the environment tells of several).")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where JAX does not find it itself.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+RENDEZVOUS_TIMEOUT = flags.DEFINE_integer("rendezvous_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 
 INSTALL = {"gpu": 'pip install -e ".[cuda]"', "tpu": 'pip install -e ".[tpu]"'}
 
@@ -51,14 +58,15 @@ def accelerator_present() -> str:
 
 
 def check_platform(wanted: str) -> None:
-    """Sets JAX's platform; raises ConfigError where an accelerator would lie idle unnoticed."""
-    if wanted:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(wanted, wanted)
+    """Starts JAX; raises ConfigError where it cannot start, or an accelerator would lie idle unnoticed."""
     import jax
     try:
         found = jax.default_backend()
     except RuntimeError as error:
         raise ConfigError(f"--platform={wanted or 'default'}: JAX cannot start it: {error}") from error
+    if jax.process_count() > 1:     # a slice of several TPU hosts is one even where nobody asked
+        raise ConfigError(f"{jax.process_count()} processes found each other ({jax.device_count()} devices, {jax.local_device_count()} of them "
+                          "here), but training over several processes is not there yet: use the devices of one host")
     present = accelerator_present()
     if found == "cpu" and present and wanted != "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise ConfigError(f"this machine has a {present.upper()}, but JAX sees only CPUs. Install its build: "
@@ -66,6 +74,15 @@ def check_platform(wanted: str) -> None:
     if found == "cpu" and jax.device_count() > 1:
         # Virtual devices share one thread pool: two programs in flight can starve each other's collectives.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def join_processes() -> None:
+    """Joins the other processes, where the flags or the environment ask for it. Raises ConfigError."""
+    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    why = ("--distributed" if DISTRIBUTED.value else "") or ("--coordinator" if given != ("", None, None) else "") or processes.found(os.environ)
+    if not why:
+        return
+    processes.join(*given, timeout=RENDEZVOUS_TIMEOUT.value, why=why)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
+        if PLATFORM.value:
+            os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM.value, PLATFORM.value)
+        join_processes()
         check_platform(PLATFORM.value)
         from vlm_jax import run
         return run.run(config, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value)

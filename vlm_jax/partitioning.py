@@ -147,6 +147,12 @@ def place(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(x) for name, x in batch.items()}
 
 
+def abstract(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch as ``place`` would lay them: what a program is compiled for."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ("batch",) + ("none",) * (len(x.shape) - 1), x.shape))
+            for name, x in batch.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """What a function inside ``ring`` knows: how many peers, which am I, and how to pass on."""

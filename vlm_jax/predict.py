@@ -14,9 +14,10 @@ import sys
 
 import numpy as np
 
+from vlm_jax.data.record import IMAGE_KINDS
 from vlm_jax.errors import ConfigError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+IMAGES = tuple("." + kind for kind in IMAGE_KINDS)
 
 
 def zeroshot(model, args) -> None:

@@ -1,6 +1,7 @@
 """Runs a config: every stage from its sections to a finished work directory. ``main`` calls ``run``, notebooks ``train``.
 
     workdir/<n>_<stage>/config.json      the resolved config
+                       /provenance.json  command, code, versions, devices, data, where weights come from, licence
                        /tokenizer/       so that the directory is complete in itself
                        /metrics.jsonl    rows by step
                        /checkpoints/     Orbax, with manifests
@@ -31,10 +32,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, loading, partitioning
+from vlm_jax import evals, loading, memory, partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.console import Console
-from vlm_jax.data import pipeline, tokenizers
+from vlm_jax.data import fingerprint, pipeline, tokenizers
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import cli
 from vlm_jax.nn import lora
@@ -200,7 +201,7 @@ class StageRun:
         if eval_only and not (self.folder / "checkpoints").exists():
             raise ConfigError(f"--eval_only: {self.folder} has no checkpoint to evaluate")
         configs.call(partitioning.check_rows, {}, f"{self.where}.data", self.stage.data.batch, self.mesh)
-        with partitioning.use(self.mesh):
+        with partitioning.use(self.mesh), memory.advising(self.stage, self.mesh):
             tx, learning_rate = stages.make_optimizer(self.stage)
             keeper = checkpoint.Checkpointer(self.folder / "checkpoints", keep=self.checkpoints.keep)
             start = self.newest(keeper)
@@ -255,8 +256,10 @@ class StageRun:
         stage, folder = self.stage, self.folder
         # data first: a bad source stops the run before compiling
         source = stage.open(stage.data.train)
-        for setting in self.evals.values():
-            stage.open(setting.data or stage.data.eval)
+        data = {"train": fingerprint.describe(stage.data.train, source)}
+        for name, setting in self.evals.items():
+            which = setting.data or stage.data.eval
+            data[f"evals.{name}"] = fingerprint.describe(which, stage.open(which))
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
                                length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,16 +269,17 @@ class StageRun:
                     whole.save(0, {"frozen": state.frozen})
         batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl")
         (folder / "config.json").write_text(configs.to_json(stage.config))
+        record = self.record_start(start, data)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
         if not stage.data.buckets:
-            shapes = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=partitioning.sharding(
-                self.mesh, ("batch",) + ("none",) * (len(s.shape) - 1), s.shape)) for k, s in stage.spec.items()}
             with self.console.waiting("compiling the train step"):
-                program = step_fn.lower(state, shapes)
+                program = step_fn.lower(state, partitioning.abstract(stage.spec, self.mesh))
+            memory.warn(program, self.mesh, self.console.say)
         self.console.overview(stage.name, folder, stage.plan, self.mesh, stage.config, self.total, example, program, source)
+        self.console.say(f"licence of the weights: {provenance.licence_line(record)}")
         log = MetricsLog(folder, resume_at=start or None, tensorboard=self.logging.tensorboard, wandb=self.logging.wandb)
 
         def evaluate_now(step: int, state: TrainState) -> dict[str, float]:
@@ -310,6 +314,12 @@ class StageRun:
             log.close()
             keeper.close()
         return state, step, stop.signal
+
+    def record_start(self, start: int, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds this start to provenance.json; the first one tells where weights come from. Returns the record."""
+        origins = None if start else {o: stages.origin_folder(self.config, self.workdir, o) for o in stages.origins(self.stage.config)}
+        entry = provenance.start(list(self.mesh.devices.flat), self.mesh.shape, start, data)
+        return provenance.record_start(self.folder, entry, system=self.stage.config.system, papers=self.stage.system.papers, origins=origins)
 
     # ---- evaluating
 
@@ -416,4 +426,5 @@ def write_report(stage: Stage, folder: pathlib.Path, evaluations: Mapping[str, A
     for result in evaluations.values():
         pictures.update({k: v for k, v in result.pictures.items() if k not in pictures})
     report.write_report(folder / "report", title=f"{stage.config.system}, stage {stage.name}", metrics=read_rows(folder / "metrics.jsonl"),
-                        scores=scores, config_text=configs.to_json(stage.config), notes=notes, **pictures)
+                        scores=scores, config_text=configs.to_json(stage.config), notes=notes, provenance=provenance.lines(provenance.read(folder)),
+                        **pictures)

@@ -24,6 +24,7 @@ from vlm_jax import config as configs
 from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
 from vlm_jax.data.order import order_of
+from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import hub
 from vlm_jax.nn import lora
@@ -43,7 +44,8 @@ class Data:
     microbatch: rows per pass through the towers, 0 for all at once (nn/chunk.py).
     buckets: text lengths that a batch may be cropped to, () for always ``length``.
     block, window: the two-level permutation (data/order.py); block 1 is the full shuffle.
-    caption, label: which field of a sample, "" for the source's own ("txt", "json:title", "txt@1;json:title@2" by weight).
+    caption, label: which field of a sample, "" for the source's own ("txt", "json:title", "txt@1;json:title@2" by weight);
+        as a caption, "a photo of a {}" is filled with the name of the class.
     bad_budget: the share of samples that may be unreadable before the run stops.
     """
     train: Any
@@ -166,7 +168,7 @@ class Stage:
         """The source of a spec. Raises ConfigError."""
         if not which:
             raise ConfigError(f"stages.{self.name}.data.train and data.eval must name a source, such as "
-                              "tars:/data/{00000..00099}.tar or scenes:train")
+                              "folder:photos#train, tars:/data/{00000..00099}.tar or scenes:train")
         options = {k: v for k, v in (("caption", self.data.caption), ("label", self.data.label)) if v}
         return configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
 
@@ -212,6 +214,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     for field in ("batch", "size", "length"):
         if getattr(data, field) < 1:
             raise ConfigError(f"stages.{name}.data.{field}={getattr(data, field)} must be at least 1")
+    configs.call(sources.check_splits, {}, f"stages.{name}.data", data.train, data.eval)
     if data.microbatch and data.batch % data.microbatch:
         divisors = [m for m in range(1, data.batch + 1) if data.batch % m == 0]
         closest = min(divisors, key=lambda m: abs(m - data.microbatch))
@@ -265,7 +268,7 @@ def pieces(section: ConfigDict) -> int:
 def train_and_eval(data: Mapping[str, Any]) -> tuple[Any, Any]:
     """The two sources of a data section. With data.eval empty, a part of data.train is held out by the hash of its keys."""
     train, held = data["train"], data["eval"]
-    if not isinstance(train, str) or not train or held or "#" in train or ";" in train or train.startswith("scenes"):
+    if not isinstance(train, str) or not train or held or ";" in train or train.startswith("scenes:") or parse_split(train)[1]:
         return train, held
     return f"{train}#train", f"{train}#val"
 
@@ -310,8 +313,8 @@ def origin_folder(config: ConfigDict, workdir: pathlib.Path, origin: str) -> pat
 def origins(section: ConfigDict) -> list[str]:
     """Where a stage's ``init`` takes weights from, in its order."""
     given = (section.init,) if isinstance(section.init, str) else section.init
-    sources = [rule.rstrip(":") if isinstance(rule, str) else rule[1].rpartition(":")[0] for rule in given]
-    return list(dict.fromkeys(origin for origin in sources if origin))
+    sources = [rule.rstrip(":") if isinstance(rule, str) else init.split_source(rule[1])[0] for rule in given]
+    return list(dict.fromkeys(origin for origin in sources if origin and origin != weight_rules.FRESH))
 
 
 def hub_origins(section: ConfigDict) -> list[str]:

@@ -64,6 +64,7 @@ class System:
     predict: name -> (variables, batch, *, key=None, **static) -> dict of arrays.
     init_carry, next_carry, carry_axes: momentum copies and queues; ``carry_axes`` maps a regex
     over carry paths to logical axes (a leaf under ``teacher/`` inherits the axes it shadows).
+    papers: arXiv ids of what to cite.
     """
     model: nn.Module
     init: Callable[[jax.Array, Mapping[str, jax.ShapeDtypeStruct]], Variables]
@@ -72,3 +73,4 @@ class System:
     init_carry: Callable[[Variables], Carry] = no_carry
     next_carry: Callable[[Carry, Any], Carry] = keep_carry
     carry_axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    papers: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.record import RecordSource
 from vlm_jax.data.sources import Mixture
+from vlm_jax.data.split import Split
 from vlm_jax.data.tars import TarSource
 from vlm_jax.data.tokenizers import Tokenizer
 
@@ -52,14 +53,16 @@ def token_lengths(source: Any, tokenizer: Tokenizer) -> Lengths | None:
     if isinstance(source, Mixture):
         parts = [token_lengths(part, tokenizer) for part in source.parts]
         return None if any(p is None for p in parts) else Lengths([x for p in parts for x in p.parts])
+    if isinstance(source, Split) and isinstance(source.source, TarSource):      # the tars' own files serve both sides
+        return Lengths([token_lengths(source.source, tokenizer)[source.rows]])
     if isinstance(source, TarSource):
         return Lengths([_of_tar(source, shard, tokenizer) for shard in range(len(source.paths))])
-    if isinstance(source, RecordSource):
+    if isinstance(source, (RecordSource, Split)):
         return Lengths([_count(source, range(len(source)), tokenizer)])
     return None
 
 
-def _count(source: RecordSource, rows: range, tokenizer: Tokenizer) -> np.ndarray:
+def _count(source: RecordSource | Split, rows: range, tokenizer: Tokenizer) -> np.ndarray:
     out = np.zeros(len(rows), np.uint16)
     for at, i in enumerate(rows):
         try:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
+from vlm_jax.data.engine import grain
 from vlm_jax.data.lengths import Lengths, token_lengths
 from vlm_jax.data.order import order_of
 from vlm_jax.data.sources import key_of, name_of, read_text

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
 
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")      # extensions of the formats that are decoded, in lower case
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "file_name", "filename", "filepath", "image_path", "path")
+CAPTION_NAMES = ("text", "caption", "captions", "sentence", "sentences")
+TEMPLATE = "a photo of a {}"      # the caption of what has a class alone
+_TEMPLATE_KIND = "{}"
+
 
 class Field(NamedTuple):
-    """Where a value stands in a record: member ``kind`` ("txt", "json"), ``path`` inside its JSON ("a/b")."""
+    """Where a value stands in a record: member ``kind`` ("txt", "json"), ``path`` inside its JSON ("a/b"). A template
+    has the kind "{}", and its text as path."""
     kind: str
     path: str
 
     def __str__(self) -> str:
+        if self.kind == _TEMPLATE_KIND:
+            return self.path
         return f"{self.kind}:{self.path}" if self.path else self.kind
 
 
 def parse_field(text: str) -> Field:
     """"txt" or "json:FIELD" ("json:a/b" for a nested one). Raises ValueError on anything else."""
     kind, _, path = text.strip().partition(":")
-    if not kind or (kind.endswith("json") and not path) or (path and not kind.endswith("json")):
+    if not re.fullmatch(r"[\w.-]+", kind) or (kind.endswith("json") and not path) or (path and not kind.endswith("json")):
         raise ValueError(f"{text!r} is not a field; write the extension of a text member (\"txt\") or \"json:FIELD\"")
     return Field(kind.lower(), path)
 
 
+def _parse_caption(text: str) -> Field:
+    if "{" not in text:
+        return parse_field(text)
+    if text.count("{}") != 1 or text.count("{") != 1:
+        raise ValueError(f"caption template {text!r} has not exactly one {{}}, for the name of the class; nearest: {TEMPLATE!r}")
+    return Field(_TEMPLATE_KIND, text.strip())
+
+
 def parse_captions(text: str) -> tuple[tuple[Field, float], ...]:
-    """"txt" or, with weights, "txt@1;json:title@2" -> ((field, weight), ...)."""
+    """"txt", a template for the name of the class ("a photo of a {}"), or several, with weights, "txt@1;json:title@2"
+    -> ((field, weight), ...)."""
     out = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
         name, at, weight = part.rpartition("@")
@@ -40,10 +59,21 @@ def parse_captions(text: str) -> tuple[tuple[Field, float], ...]:
             value = 0.0
         if not value > 0:
             raise ValueError(f"caption={text!r}: the weight in {part!r} is not a positive number")
-        out.append((parse_field(name if at else part), value))
+        out.append((_parse_caption(name if at else part), value))
     if not out:
         raise ValueError(f"caption={text!r} names no field; write \"txt\", \"json:FIELD\" or \"txt@1;json:title@2\"")
     return tuple(out)
+
+
+def and_more(count: int) -> str:
+    """The tail of a message that names the first of ``count``."""
+    return f", and {count - 1:,} more" if count > 1 else ""
+
+
+def usual(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    """The first of ``names`` that is a column, upper case or lower; None where there is none."""
+    found = {column.lower(): column for column in columns}
+    return next((found[name] for name in names if name in found), None)
 
 
 def field_value(record: dict[str, Any], field: Field) -> Any:
@@ -95,7 +125,10 @@ class RecordSource:
         self.name = name
         self.captions = parse_captions(caption)
         self.label = parse_field(label) if label else None
-        self.counts: collections.Counter[str] = collections.Counter()  # left out when the index was built, by reason
+        if self.label is None and any(field.kind == _TEMPLATE_KIND for field, _ in self.captions):
+            raise ValueError(f"caption={caption!r} is filled with the name of the class, but {name} has no label; give label=json:FIELD")
+        self.counts: collections.Counter[str] = collections.Counter()  # left out when the source was opened, by reason
+        self.first: dict[str, str] = {}      # of a reason in counts: what was left out first, where that is known
         self._classes = list(classes) if classes is not None else None
 
     def __len__(self) -> int:
@@ -104,6 +137,10 @@ class RecordSource:
     def key(self, i: int) -> str:
         """The sample's name; names its image too (equal keys, equal images)."""
         raise NotImplementedError
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all samples, in order."""
+        return (self.key(i) for i in range(len(self)))
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
         """{"image": ..., member kind: bytes or parsed value}; only ``kinds`` where given."""
@@ -127,8 +164,7 @@ class RecordSource:
 
     def read_text(self, i: int) -> list[str]:
         """The captions of a sample, without reading its image."""
-        kinds = tuple(field.kind for field, _ in self.captions)
-        return self._read_captions(self.record(self._check(i), kinds))[0]
+        return self._read_captions(self.record(self._check(i), self._caption_kinds()))[0]
 
     @property
     def classes(self) -> list[str] | None:
@@ -141,8 +177,13 @@ class RecordSource:
                 self._classes = sorted(v for v in values if isinstance(v, str))
         return self._classes
 
-    def _fields(self) -> list[Field]:
-        return [field for field, _ in self.captions] + ([self.label] if self.label else [])
+    def _caption_kinds(self) -> tuple[str, ...]:
+        """The members that captions are read from; a template's is that of the label."""
+        return tuple(self.label.kind if field.kind == _TEMPLATE_KIND else field.kind for field, _ in self.captions)
+
+    def fields(self) -> list[Field]:
+        """The fields that are read from a record."""
+        return [field for field, _ in self.captions if field.kind != _TEMPLATE_KIND] + ([self.label] if self.label else [])
 
     def _raw_label(self, i: int) -> Any:
         try:
@@ -160,10 +201,20 @@ class RecordSource:
             raise BadSample("missing_label", str(self.label))
         return int(value)
 
+    def _fill(self, template: str, record: dict[str, Any]) -> str | None:
+        """A template with the name of the record's class in it."""
+        value = field_value(record, self.label)
+        if value is None:
+            return None
+        label, names = self._label_id(value), self.classes
+        if not names or not 0 <= label < len(names):
+            raise BadSample("unknown_label", f"{self.label}={value!r} has no name among the {len(names or ())} classes")
+        return template.replace("{}", names[label].replace("_", " "))
+
     def _read_captions(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
         texts, weights, present = [], [], False
         for field, weight in self.captions:
-            value = field_value(record, field)
+            value = self._fill(field.path, record) if field.kind == _TEMPLATE_KIND else field_value(record, field)
             present |= value is not None
             found = _texts(value)
             texts += found

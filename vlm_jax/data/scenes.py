@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vlm_jax.data.fingerprint import digest, spread
 from vlm_jax.data.scene import (
     CLASSES,
     RELATIONS,
@@ -70,6 +71,12 @@ class Scenes:
         if not 0 <= i < self.count:
             raise IndexError(f"scenes:{self.split} has no sample {i}; it has {self.count}")
         return make_scene(i, self.split)
+
+    def fingerprint(self) -> str:
+        """Of what the generator puts into some scenes and says of them: the same on every machine."""
+        drawn = [[_facts(thing) for thing in self.scene(i).objects] for i in spread(len(self))]
+        said = [caption(self.scene(i), canonical_share=self.canonical_share) for i in spread(len(self))]
+        return digest(self.split, self.size, self.count, drawn, said)
 
     def key(self, i: int) -> str:
         return f"{self.split}/{i:08d}"

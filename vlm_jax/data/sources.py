@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+import array
 import csv
+import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
-from vlm_jax.data.record import RecordSource
+from vlm_jax.data.fingerprint import digest, fingerprint
+from vlm_jax.data.folder import FolderSource
+from vlm_jax.data.parquet import ParquetSource
+from vlm_jax.data.record import CAPTION_NAMES, IMAGE_NAMES, RecordSource, and_more, usual
+from vlm_jax.data.split import Split, check_sides, parse_split
 from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
 
-SCHEMES = ("scenes", "tars", "tfds", "jsonl", "csv")
+SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds")
 
 
 class TableSource(RecordSource):
-    """Rows that name an image file relative to their own file. Key = that path, so rows about one image share it."""
+    """Rows that name an image file relative to their own file. Key = that path, so rows about one image share it.
 
-    def __init__(self, scheme: str, path: str, image: str, caption: str, label, classes):
-        super().__init__(f"{scheme}:{path}", caption, label, classes)
-        if not os.path.isfile(path):
-            folder = os.path.dirname(path) or "."
+    The fields of the image and the caption are those of the usual names (``record.IMAGE_NAMES``, ``CAPTION_NAMES``) where they
+    are not said. Subclasses read the rows.
+    """
+
+    def __init__(self, scheme: str, path: str, image: str | None, caption: str | None, label: str | None, classes: Sequence[str] | None):
+        self.path = os.path.expanduser(path)
+        if not os.path.isfile(self.path):
+            folder = os.path.dirname(self.path) or "."
             beside = sorted(os.listdir(folder))[:20] if os.path.isdir(folder) else []
             raise FileNotFoundError(f"no file {path}{nearest(os.path.basename(path), beside) if beside else ''}")
-        self.path, self.image = path, image
+        columns = self._open()
+        self.image = image or usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0]
+        super().__init__(f"{scheme}:{path}", caption or f"json:{usual(CAPTION_NAMES, columns) or CAPTION_NAMES[0]}", label, classes)
+        for name in [self.image, *(field.path.split("/")[0] for field in self.fields())]:
+            if columns and name not in columns:
+                raise ValueError(f"{self.name} has no column {name!r}{nearest(name, columns)}")
+
+    def _open(self) -> list[str]:
+        """Makes rows readable; returns the names of their fields."""
+        raise NotImplementedError
 
     def row(self, i: int) -> Mapping[str, Any]:
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Of the table's bytes; the images that it names are not read."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def key(self, i: int) -> str:
         return str(self.row(i).get(self.image, f"row {i}"))
@@ -52,43 +76,63 @@ class TableSource(RecordSource):
 
 
 class JsonlSource(TableSource):
-    """One JSON object a line: ``image`` (path) and the caption field ("text" unless said otherwise).
+    """One JSON object a line, with the path of the image and the caption. Which fields there are is told by the first 64 lines.
 
     Only the lines' offsets are kept in memory (8 bytes each).
     """
 
-    def __init__(self, path: str, image: str = "image", caption: str = "json:text", label: str | None = None,
+    def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
                  classes: Sequence[str] | None = None):
         super().__init__("jsonl", path, image, caption, label, classes)
-        starts, at = [], 0
-        with open(path, "rb") as file:
+
+    def _open(self) -> list[str]:
+        starts, at = array.array("q"), 0
+        with open(self.path, "rb") as file:
             for line in file:
                 if line.strip():
                     starts.append(at)
                 at += len(line)
-        self._start = np.array([*starts, at], np.int64)
+        starts.append(at)
+        self._start = np.frombuffer(starts, np.int64)
+        columns: dict[str, None] = {}
+        for i in range(min(64, len(self))):
+            try:
+                columns |= dict.fromkeys(self.row(i))
+            except BadSample:      # told of when it is read
+                continue
+        return list(columns)
 
     def __len__(self) -> int:
         return len(self._start) - 1
 
     def row(self, i: int) -> Mapping[str, Any]:
-        start, end = int(self._start[i]), int(self._start[i + 1])
         with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.read(end - start)
+            return self._row(file, i)
+
+    def _row(self, file: BinaryIO, i: int) -> Mapping[str, Any]:
+        file.seek(self._start[i])
         try:
-            row = json.loads(line)
+            row = json.loads(file.read(self._start[i + 1] - self._start[i]))
         except ValueError as error:
             raise BadSample("bad_json", f"row {i}: {error}") from None
         if not isinstance(row, Mapping):
             raise BadSample("bad_json", f"row {i} is no object")
         return row
 
-    def key(self, i: int) -> str:
+    def _key(self, file: BinaryIO, i: int) -> str:
         try:
-            return super().key(i)
+            return str(self._row(file, i).get(self.image, f"row {i}"))
         except BadSample:
             return f"row {i}"
+
+    def key(self, i: int) -> str:
+        with open(self.path, "rb") as file:
+            return self._key(file, i)
+
+    def keys(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for i in range(len(self)):
+                yield self._key(file, i)
 
 
 class CsvSource(TableSource):
@@ -97,16 +141,15 @@ class CsvSource(TableSource):
     The caption and label fields are columns, written like those of JSON ("json:COLUMN").
     """
 
-    def __init__(self, path: str, image: str = "image", caption: str = "json:text", label: str | None = None,
+    def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
                  classes: Sequence[str] | None = None):
         super().__init__("csv", path, image, caption, label, classes)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-            columns = reader.fieldnames or []
+
+    def _open(self) -> list[str]:
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if self.path.endswith(".tsv") else ",")
             self._rows = list(reader)
-        for name in [image, *(field.path for field in self._fields())]:
-            if name not in columns:
-                raise ValueError(f"{self.name} has no column {name!r}{nearest(name, columns)}")
+            return list(reader.fieldnames or [])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -146,12 +189,16 @@ class TfdsSource(RecordSource):
         if classes is None and getattr(feature, "names", None):
             classes = feature.names
         super().__init__(f"tfds:{name}", caption, label, classes)
-        self.image = image
+        self.image, self._release = image, f"{builder.info.full_name}:{split or 'train'}"
         self._rows = builder.as_data_source(split=split or "train",
                                             decoders={image: tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        """Of the data set's name, configuration, version and split."""
+        return digest(self._release, len(self))
 
     def key(self, i: int) -> str:
         return f"{self.name}/{i}"
@@ -178,6 +225,9 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._start[-1])
+
+    def fingerprint(self) -> str:
+        return digest([fingerprint(part) for part in self.parts], self.weights)
 
     def place(self, i: int) -> tuple[Any, int]:
         """(source, number in it) of sample ``i``."""
@@ -215,6 +265,15 @@ def read_text(source: Any, i: int) -> list[str]:
     return source.read_text(i) if hasattr(source, "read_text") else source[i]["text"]
 
 
+def left_out(source: Any) -> str:
+    """What a source left out when it was opened: the first of each reason by name, and how many more; "" for nothing."""
+    if isinstance(source, Mixture):
+        return "; ".join(filter(None, map(left_out, source.parts)))
+    first = getattr(source, "first", {})
+    return "; ".join(first[reason] + and_more(count) if reason in first else f"{reason} {count:,}"
+                     for reason, count in getattr(source, "counts", {}).items())
+
+
 def _weighted(spec: str) -> tuple[str, float | None]:
     name, at, weight = spec.rpartition("@")
     try:
@@ -223,37 +282,57 @@ def _weighted(spec: str) -> tuple[str, float | None]:
         return spec, None
 
 
+def _parts(spec: Any) -> list[tuple[Any, float | None]]:
+    """The parts of a mixture, or the one source, each with its weight."""
+    if isinstance(spec, str) and ";" not in spec:
+        return [(spec, None)]
+    items = [s.strip() for s in spec.split(";") if s.strip()] if isinstance(spec, str) else list(spec)
+    return [_weighted(item) if isinstance(item, str) else (item, None) for item in items]
+
+
+def check_splits(train: Any, held_out: Any) -> None:
+    """Raises ValueError where a spec evaluates, as the other side of a split, on what another trains on (their shares differ)."""
+    check_sides(*([part for part, _ in _parts(spec or ()) if isinstance(part, str)] for spec in (train, held_out)))
+
+
 def open_source(spec: Any, **options: Any) -> Any:
     """Opens a dataset.
 
-    ``spec``: "scenes:SPLIT", "tars:PATHS" ({0000..0003}, {a,b}, globs, fsspec addresses),
-    "tfds:NAME[/CONFIG][:SPLIT]", "jsonl:PATH", "csv:PATH", or a mixture: a tuple or list of these (or
+    ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
+    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT". "SPEC#train" and "SPEC#val" are the two sides of one
+    that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
     of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
-    ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2";
-    ``label`` "json:FIELD"; ``classes`` (names by label id); jsonl, csv, tfds: ``image`` (field of the image);
+    ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
+    "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); jsonl, csv, parquet, tfds: ``image`` (field of the image);
     tfds: ``data_dir``. Options that are None are left to the source.
 
     Raises ValueError for an unknown scheme or option (naming the nearest), FileNotFoundError for a missing file.
     """
     options = {k: v for k, v in options.items() if v is not None}
     if isinstance(spec, (tuple, list)) or (isinstance(spec, str) and ";" in spec):
-        items = [s.strip() for s in spec.split(";") if s.strip()] if isinstance(spec, str) else list(spec)
-        pairs = [_weighted(item) if isinstance(item, str) else (item, None) for item in items]
+        pairs = _parts(spec)
         weights = [w for _, w in pairs if w is not None]
         if not pairs or (weights and len(weights) != len(pairs)) or any(w <= 0 for w in weights):
             raise ValueError(f"mixture {spec!r}: give every part a positive @WEIGHT, or none")
         return Mixture([open_source(s, **options) for s, _ in pairs], weights or None)
     if not isinstance(spec, str):
         return spec
+    spec, side, held_out = parse_split(spec)
     scheme, colon, rest = spec.partition(":")
     if scheme not in SCHEMES or not colon:
+        if os.path.isdir(spec):
+            raise ValueError(f"data source {spec!r} is a folder; nearest: 'folder:{spec}'")
         raise ValueError(f"data source {spec!r}: {scheme!r} is not a scheme{nearest(scheme, SCHEMES)}")
     if scheme == "scenes":
         from vlm_jax.data.scenes import open_scenes
+        if side:
+            raise ValueError(f"{spec}#{side}: scenes have splits of their own; nearest: 'scenes:{side}'")
         return open_scenes(rest)
-    kind = {"tars": TarSource, "tfds": TfdsSource, "jsonl": JsonlSource, "csv": CsvSource}[scheme]
+    kind = {"folder": FolderSource, "tars": TarSource, "parquet": ParquetSource, "jsonl": JsonlSource, "csv": CsvSource,
+            "tfds": TfdsSource}[scheme]
     valid = list(inspect.signature(kind).parameters)[1:]
     for name in options:
         if name not in valid:
             raise ValueError(f"{scheme}: sources have no option {name!r}{nearest(name, valid)}")
-    return kind(rest, **options)
+    source = kind(rest, **options)
+    return Split(source, side, held_out) if side else source

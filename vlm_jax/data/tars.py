@@ -11,6 +11,9 @@ distinct sets of member extensions with their counts, columns), then the columns
 ``set`` uint16 [n] (which extensions the sample has, sorted), ``first`` int64 [n+1] (its first row
 in the member columns), ``offset`` and ``size`` int64 [members], ``key_end`` int64 [n] and ``keys``
 uint8 (UTF-8).
+
+A tar that ``vlm_jax.data.pack`` wrote ends in a member ``__pack__`` (JSON): the keys that its samples had in their
+source, which stand for the names of the members, whether they have labels, and the names of the classes.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
-from vlm_jax.data.record import RecordSource
+from vlm_jax.data.fingerprint import digest, spread
+from vlm_jax.data.record import IMAGE_KINDS, Field, RecordSource, field_value
 from vlm_jax.errors import nearest
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+PACK = "__pack__"
 OPEN_FILES = 256
 _MAGIC = b"VLMTAR01"
 _BLOCK = 512
@@ -68,7 +72,7 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _filesystem(path: str):
+def filesystem(path: str):
     try:
         import fsspec
     except ImportError:
@@ -76,8 +80,8 @@ def _filesystem(path: str):
     return fsspec.core.url_to_fs(path)
 
 
-def find_tars(pattern: str) -> list[str]:
-    """Paths of a pattern with braces and * ? [] in the order written, each glob sorted.
+def find_files(pattern: str, kind: str = "tar") -> list[str]:
+    """Paths of a pattern with braces and * ? [] in the order written, each glob sorted. ``kind`` is their extension.
 
     Raises FileNotFoundError naming what is missing and the nearest file beside it.
     """
@@ -85,7 +89,7 @@ def find_tars(pattern: str) -> list[str]:
     for name in expand_braces(pattern):
         if re.search(r"[*?\[]", name):
             if is_remote(name):
-                fs, inner = _filesystem(name)
+                fs, inner = filesystem(name)
                 found = sorted(fs.unstrip_protocol(p) for p in fs.glob(inner))
             else:
                 found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
@@ -99,7 +103,9 @@ def find_tars(pattern: str) -> list[str]:
                 folder = os.path.dirname(name) or "."
                 beside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
                 hint = nearest(os.path.basename(name), beside[:20]) if beside else f" (no folder {folder})"
-                raise FileNotFoundError(f"no tar {name}{hint}")
+                if os.path.isdir(name):
+                    raise FileNotFoundError(f"{name} is a folder; nearest: {os.path.join(name, '*.' + kind)!r}")
+                raise FileNotFoundError(f"no {kind} {name}{hint}")
             paths.append(name)
     return paths
 
@@ -213,7 +219,7 @@ def join_members(members: Iterator[tuple[str, int, int]],
 def stamp_of(path: str) -> list:
     """What tells one state of a tar from another: [size, time of change]."""
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         info = fs.info(inner)
         changed = next((str(info[k]) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
                         if info.get(k)), "")
@@ -240,15 +246,15 @@ def build_index(path: str, stamp: list) -> bytes:
     """Scans a tar and returns the index file's content."""
     counts: collections.Counter[str] = collections.Counter()
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         with fs.open(inner, "rb") as file:
             def read(offset, size):
                 file.seek(offset)
                 return file.read(size)
-            samples = _scan(path, read, stamp[0], counts)
+            samples, pack = _scan(path, read, stamp[0], counts)
     else:
         with open(path, "rb", buffering=0) as file:
-            samples = _scan(path, lambda offset, size: os.pread(file.fileno(), size, offset), stamp[0], counts)
+            samples, pack = _scan(path, lambda offset, size: os.pread(file.fileno(), size, offset), stamp[0], counts)
 
     sets: dict[tuple[str, ...], int] = {}
     set_of, first, offset, size = [], [0], [], []
@@ -260,13 +266,13 @@ def build_index(path: str, stamp: list) -> bytes:
         first.append(len(offset))
     if len(sets) > 2**16:
         raise ValueError(f"{path} has {len(sets)} different sets of member extensions; keys must end at the first dot")
-    keys = [key.encode() for key in samples]
+    keys = [key.encode() for key in (pack.pop("keys") if pack else samples)]
     columns = {"set": np.array(set_of, np.uint16), "first": np.array(first, np.int64),
                "offset": np.array(offset, np.int64), "size": np.array(size, np.int64),
                "key_end": np.cumsum([len(k) for k in keys], dtype=np.int64),
                "keys": np.frombuffer(b"".join(keys), np.uint8)}
     per_set = np.bincount(columns["set"], minlength=len(sets)).tolist()
-    header = {"stamp": stamp, "counts": dict(counts), "samples": len(samples),
+    header = {"stamp": stamp, "counts": dict(counts), "samples": len(samples), "pack": pack,
               "sets": [[list(names), count] for names, count in zip(sets, per_set)],
               "columns": [[name, str(c.dtype), len(c)] for name, c in columns.items()]}
     text = json.dumps(header).encode()
@@ -276,15 +282,39 @@ def build_index(path: str, stamp: list) -> bytes:
     return bytes(out)
 
 
-def _scan(path: str, read, total: int, counts: collections.Counter):
+def _scan(path: str, read, total: int, counts: collections.Counter) -> tuple[dict, dict | None]:
+    """(samples as of ``join_members``, what the member ``__pack__`` says or None)."""
     if read(0, 2) == b"\x1f\x8b":
         raise ValueError(f"{path} is compressed; samples are read by offset, so unpack it first (gunzip)")
-    return join_members(scan_members(read, total, counts), counts)
+    told: list[bytes] = []
+
+    def members():
+        for name, offset, size in scan_members(read, total, counts):
+            if name == PACK:
+                told.append(read(offset, size))
+            else:
+                yield name, offset, size
+
+    samples = join_members(members(), counts)
+    return samples, _pack(told[-1], len(samples)) if told else None
+
+
+def _pack(content: bytes, samples: int) -> dict | None:
+    """The content of ``__pack__``; None where it is not that of this tar."""
+    try:
+        pack = json.loads(content)
+        keys = pack["keys"]
+        if len(keys) == samples and "\n".join(keys).encode() is not None:      # text that UTF-8 can write
+            return {"label": bool(pack["label"]), "classes": pack["classes"], "keys": keys, "rows": pack["rows"],
+                    "left_out": pack["left_out"]}
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 class TarIndex:
     """An index file, memory-mapped. Attributes: ``samples`` (number), ``counts``, ``sets`` (extensions,
-    number of samples), and the columns as read-only arrays."""
+    number of samples), ``pack`` (of ``__pack__`` all but the keys, or None), and the columns as read-only arrays."""
 
     def __init__(self, path: str):
         self.path = path
@@ -296,6 +326,7 @@ class TarIndex:
             header = json.loads(file.read(min(length, 2**30)))
             file_size = os.fstat(file.fileno()).st_size
         self.stamp, self.counts, self.samples = header["stamp"], header["counts"], header["samples"]
+        self.pack = header.get("pack")
         self.sets = [(tuple(names), count) for names, count in header["sets"]]
         self._columns, at = {}, 16 + length
         for name, dtype, count in header["columns"]:
@@ -367,22 +398,38 @@ class TarSource(RecordSource):
     Samples without an image or without any wanted caption member are left out and counted in
     ``counts`` ("missing_image", "missing_caption"), beside what building the index left out.
     Keys read "SHARD/KEY". Threads may share it; processes may fork or pickle it.
+
+    Tars written by ``vlm_jax.data.pack`` give the keys, captions, labels and classes that their source gave; ``caption`` "txt" (also
+    the default of other tars) takes the first caption alone.
     """
 
-    def __init__(self, pattern: str, caption: str = "txt", label: str | None = None,
+    def __init__(self, pattern: str, caption: str | None = None, label: str | None = None,
                  classes: Sequence[str] | None = None, threads: int = 8):
-        super().__init__(f"tars:{pattern}", caption, label, classes)
-        self.paths = find_tars(pattern)
+        self.paths = find_files(pattern)
         with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
             self._indices = list(pool.map(open_index, self.paths))
-        self._wanted = {field.kind for field, _ in self.captions}
+        packs = [index.pack for index in self._indices]
+        packed = all(packs)
+        self._all_captions = packed and caption is None
+        if packed and all(pack["label"] for pack in packs) and label in (None, "json:label"):
+            label = "json:label"
+            if classes is None:
+                classes = packs[0]["classes"]
+                other = [path for path, pack in zip(self.paths, packs) if pack["classes"] != classes]
+                if other:
+                    raise ValueError(f"tars:{pattern}: {other[0]} was packed with other classes than {self.paths[0]}"
+                                     f"{f', and {len(other) - 1} more' if other[1:] else ''}; their labels do not mean the same")
+        super().__init__(f"tars:{pattern}", caption or ("txt;json:captions" if packed else "txt"), label, classes)
+        self._wanted = set(self._caption_kinds())
         sizes = []
-        for index in self._indices:
+        for path, index in zip(self.paths, self._indices):
             self.counts.update(index.counts)
-            for names, count in index.sets:
+            for at, (names, count) in enumerate(index.sets):
                 reason = self._lacks(names)
                 if reason:
                     self.counts[reason] += count
+                    key = index.key(int(np.argmax(index.set == at)))
+                    self.first.setdefault(reason, f"{path}: {key} has no {reason.removeprefix('missing_')} (only {', '.join(names)})")
             sizes.append(sum(count for names, count in index.sets if not self._lacks(names)))
         self._start = [0, *itertools.accumulate(sizes)]
         if not len(self):
@@ -415,17 +462,37 @@ class TarSource(RecordSource):
     def _place(self, i: int) -> tuple[int, int]:
         """(shard, row in its index) of a sample."""
         shard = bisect.bisect_right(self._start, i) - 1
-        row, index = i - self._start[shard], self._indices[shard]
+        return shard, int(self._usable(shard)[i - self._start[shard]])
+
+    def _usable(self, shard: int) -> range | np.ndarray:
+        """The rows of a tar's index that are samples, in order."""
+        index = self._indices[shard]
         if self._start[shard + 1] - self._start[shard] == index.samples:
-            return shard, row
+            return range(index.samples)
         if shard not in self._rows:
             usable = np.array([not self._lacks(names) for names, _ in index.sets])
             self._rows[shard] = np.flatnonzero(usable[index.set])
-        return shard, int(self._rows[shard][row])
+        return self._rows[shard]
 
     def key(self, i: int) -> str:
         shard, row = self._place(i)
-        return f"{os.path.basename(self.paths[shard]).removesuffix('.tar')}/{self._indices[shard].key(row)}"
+        return self._prefix(shard) + self._indices[shard].key(row)
+
+    def keys(self) -> Iterator[str]:
+        for shard, index in enumerate(self._indices):
+            ends, text, prefix = index.key_end.tolist(), index.keys.tobytes(), self._prefix(shard)
+            for row in self._usable(shard):
+                yield prefix + text[ends[row - 1] if row else 0:ends[row]].decode()
+
+    def _prefix(self, shard: int) -> str:
+        """What makes the names in a tar keys: its own name, where they are not keys already."""
+        return "" if self._indices[shard].pack else os.path.basename(self.paths[shard]).removesuffix(".tar") + "/"
+
+    def fingerprint(self) -> str:
+        """Of every tar's name, size and kinds of samples, and of keys and members of samples spread over them."""
+        tars = [[os.path.basename(path), index.stamp[0], index.samples, index.sets] for path, index in zip(self.paths, self._indices)]
+        places = [self._place(i) for i in spread(len(self))]
+        return digest(tars, [[self._indices[shard].key(row), self._indices[shard].members(row)] for shard, row in places])
 
     def rows_of(self, shard: int) -> range:
         """The numbers of a tar's samples."""
@@ -443,12 +510,18 @@ class TarSource(RecordSource):
         shard, row = self._place(i)
         members = self._indices[shard].members(row)
         image = next((k for k in members if k in IMAGE_KINDS), None)
-        wanted = kinds or (image, *(f.kind for f in self._fields()))
+        wanted = kinds or (image, *(f.kind for f in self.fields()))
         members = {k: v for k, v in members.items() if k in wanted}
         record = self._read(shard, members)
         if image in record:
             record["image"] = record.pop(image)
         return record
+
+    def _read_captions(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
+        texts = field_value(record, Field("json", "captions")) if self._all_captions else None
+        if texts is None:
+            return super()._read_captions(record)
+        return texts, field_value(record, Field("json", "weights")) or [1 / len(texts)] * len(texts)
 
     def _read(self, shard: int, members: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         if not members:
@@ -467,7 +540,7 @@ class TarSource(RecordSource):
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         path = self.paths[shard]
         if is_remote(path):
-            fs, inner = _filesystem(path)
+            fs, inner = filesystem(path)
             return fs.cat_file(inner, start=offset, end=offset + size)
         file = self._files.get(shard)
         if file is None:
@@ -483,7 +556,7 @@ def _with_lengths(path: str, caption: str, tokenizer: str) -> TarIndex:
     index = open_index(path)
     if tokenizer and index.samples:
         from vlm_jax.data import lengths, tokenizers
-        lengths.token_lengths(TarSource(path, caption), tokenizers.load(tokenizer))
+        lengths.token_lengths(TarSource(path, caption or None), tokenizers.load(tokenizer))
     return index
 
 
@@ -496,9 +569,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("pattern", help="paths with braces or globs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokenizer", default="", help="also count the captions' tokens, for data.buckets (a name as in data.tokenizer)")
-    parser.add_argument("--caption", default="txt", help="with --tokenizer: the caption field, as in data.caption")
+    parser.add_argument("--caption", default="", help="with --tokenizer: the caption field, as in data.caption")
     args = parser.parse_args(argv)
-    paths = find_tars(args.pattern)
+    paths = find_files(args.pattern)
     counts: collections.Counter[str] = collections.Counter()
     samples = 0
     with concurrent.futures.ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -377,7 +378,7 @@ def captions(name: str, limit: int, caption: str | None) -> Iterable[str]:
             continue
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.tokenizers")
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="train SentencePiece on captions")
@@ -388,10 +389,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_parser.add_argument("--model", default="bpe", choices=("bpe", "unigram"))
     train_parser.add_argument("--limit", type=int, default=1_000_000, help="captions to read")
     args = parser.parse_args(argv)
-    tokenizer = train(captions(args.input, args.limit, args.caption), args.vocab, args.model)
-    tokenizer.save(args.out)
+    try:
+        tokenizer = train(captions(args.input, args.limit, args.caption), args.vocab, args.model)
+        tokenizer.save(args.out)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 43
     print(f"{args.out}: {tokenizer.vocab_size} pieces")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,10 @@ An imported directory is what vlm_jax.load, vlm_jax.predict and a config's init=
     DIR/config.json      a stage config with the model's sizes
        /checkpoints/     the weights, fp32
        /tokenizer/       where the source, an installed package or --tokenizer gave one
-       /import.json      release, source files with their SHA-256, every tensor's dtype and shape, what was ignored
+       /import.json      release, every tensor's dtype and shape, what was ignored
+       /provenance.json  source files with their SHA-256, licence (vlm_jax/provenance.py)
+
+An export's model card (README.md) carries the licence on.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import config as configs
-from vlm_jax import weight_rules
+from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
-from vlm_jax.importers.release import Hints, Release, read_json
+from vlm_jax.importers import card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
@@ -56,17 +59,18 @@ class Floats(collections.abc.Mapping):
 
 
 def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints | None = None, tokenizer: str = "",
-                   say=print) -> pathlib.Path:
+                   licence: str = "", say=print) -> pathlib.Path:
     """Imports a release's file or directory (or "hf:OWNER/NAME[@REVISION]") into the directory ``out``.
 
-    ``release`` "" finds out from the config files of a hub snapshot. Raises ConfigError: nothing is written then.
+    ``release`` "" finds out from the config files of a hub snapshot. ``licence``: of the weights, where the source does not
+    state it. Raises ConfigError: nothing is written then.
     """
     out, hints = pathlib.Path(out), hints or Hints()
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out={str(out)!r} is not empty: name a new directory")
-    origin: dict[str, Any] = {"source": src}
+    source: dict[str, Any] = {"path": src}
     if src.startswith("hf:"):
-        path, origin["commit"] = hub.snapshot(src)
+        path, source["commit"] = hub.snapshot(src)
     else:
         path = pathlib.Path(src)
     if not path.exists():
@@ -77,7 +81,10 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         raise ConfigError(f"--release={release!r} is not known{nearest(release, RELEASES)}")
     layout = RELEASES[release]
     if src.startswith("hf:"):
-        path = hub.weights(src, origin["commit"], layout.weights_files)
+        path = hub.weights(src, source["commit"], layout.weights_files)
+    stated, link = card.stated_licence(folder, hub.parse(src)[0] if "commit" in source else "", source.get("commit", ""))
+    licence = settle("licence", provenance.join_licences([licence]), None if stated in card.UNNAMED else stated,
+                     layout.licence or stated or provenance.UNKNOWN)
     tensors = read.open_weights(path, prefer=layout.weights_files)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sections = layout.describe(shapes, folder, hints)
@@ -85,7 +92,9 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         sections["data"]["size"] = hints.size
     found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
     config = stage_config(layout, sections, found)
-    from vlm_jax import stage as stages  # jax from here on
+    import jax
+
+    from vlm_jax import stage as stages
     from vlm_jax.train import checkpoint
 
     stage = stages.resolve(config, "import", found)
@@ -96,14 +105,18 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving}})
     if found is not None:
         found.save(str(out / "tokenizer"))
-    record = {"release": release, **origin, "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
-              "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}, "ignored": sorted(ignored),
+    source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
+    provenance.write(out, {"system": config.system, "papers": list(stage.system.papers), "licence": licence,
+                           **({"licence_link": link} if link else {}), "source": source, "starts": [provenance.start(jax.devices())]})
+    record = {"release": release, "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+              "ignored": sorted(ignored),
               "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
     (out / RECORD).write_text(json.dumps(record, indent=1))
     (out / "config.json").write_text(configs.to_json(stage.config))      # last: a directory with it is whole
     count = sum(int(np.prod(x.shape, dtype=np.int64)) for x in stage.plan.shapes.values())
     say(f"{out}: {release}, {count:,} parameters from {len(tensors) - len(ignored)} tensors"
         + (f" ({len(ignored)} ignored: {', '.join(sorted(ignored)[:3])}{', ...' if len(ignored) > 3 else ''})" if ignored else ""))
+    say(f"licence: {provenance.licence_line({'licence': licence})}" + ("; state it with --licence" if licence == provenance.UNKNOWN else ""))
     return out
 
 
@@ -133,8 +146,10 @@ def stage_config(layout: Release, sections: Mapping[str, Mapping[str, Any]], tok
         steps=1000))
 
 
-def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Path, say=print) -> pathlib.Path:
-    """Writes a trained or imported directory in a release's own layout: safetensors, configs, tokenizer.
+def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Path, licence: str = "", say=print) -> pathlib.Path:
+    """Writes a trained or imported directory in a release's own layout: safetensors, configs, tokenizer, model card.
+
+    ``licence``: of what was trained here; it joins those of the weights taken over, and replaces an unknown one.
 
     Tensors of an import that training did not touch keep the source's dtype where that loses nothing, so that
     exporting an import gives the source's bytes. Raises ConfigError for what that layout cannot hold.
@@ -151,8 +166,8 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     if config.system != layout.system:
         fitting = [name for name, r in EXPORTS.items() if r.system == config.system]
         raise ConfigError(f"--export={release}: {folder} is a {config.system!r}{nearest(release, fitting) if fitting else ''}")
-    record = read_json(folder, RECORD)
-    known = record.get("tensors", {}) if record.get("release") == release else {}
+    table, record = read_json(folder, RECORD), provenance.read(folder)
+    known = table.get("tensors", {}) if table.get("release") == release else {}
     leaves = stages.read_weights(folder)
     sections = configs.to_plain(config)
     arrays = weight_rules.export_leaves(layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()}), leaves, f"--export={release}")
@@ -162,7 +177,11 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
     tokenizer_files.write(release, tokenizer, config.data.length, out, say)
     write.write_safetensors(out / layout.weights_files[0], arrays)
+    taken = [name for name in provenance.split_licences(provenance.licence_of(record)) if not (licence and name in card.UNNAMED)]
+    licence = provenance.join_licences([*taken, licence])
+    card.write_card(out, layout, config, record, licence, read_json(folder, "DONE"))
     say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}")
+    say(f"licence in {card.CARD}: " + (provenance.licence_line({"licence": licence}) if licence else "none; state one with --licence"))
     return out
 
 
@@ -201,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
+    parser.add_argument("--licence", default="", help="import: of the weights, where the source does not state it; export: of what was trained here, "
+                        "beside the licences of the weights taken over (an SPDX id or a name)")
     parser.add_argument("--push", default="", help="export: upload the result to hf:OWNER/NAME")
     args = parser.parse_args(argv)
     try:
@@ -209,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.export:
             if args.push:
                 hub.parse(args.push)     # before anything is written
-            out = export_release(args.export, args.src, args.out)
+            out = export_release(args.export, args.src, args.out, args.licence)
             if args.push:
                 print(f"pushed to {hub.push(out, args.push)}")
         else:
@@ -218,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.push:
                 raise ConfigError("--push uploads an export; give --export as well")
             hints = Hints(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Hints)})
-            import_release(args.release, args.src, args.out, hints, args.tokenizer)
+            import_release(args.release, args.src, args.out, hints, args.tokenizer, args.licence)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 43

@@ -142,5 +142,6 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
         resample=3, image_mean=list(model.mean), image_std=list(model.std)), indent=1))
 
 
-RELEASE = Release("hf_clip", "clip", describe, rules, (r".*\.position_ids", r".*attn_mask"), ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"), write_config,
-                  resize="resize_positions_border")
+RELEASE = Release("hf_clip", "clip", describe, rules, (r".*\.position_ids", r".*attn_mask"),
+                  ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"), write_config,
+                  resize="resize_positions_border", library="transformers", task="zero-shot-image-classification")

@@ -301,4 +301,5 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
     (folder / CONFIG).write_text(json.dumps(dict(model_cfg=model_cfg(config) | custom, preprocess_cfg=preprocess_cfg(config)), indent=1))
 
 
-RELEASE = Release("open_clip", "clip", describe, rules, IGNORED, WEIGHTS, write_config)
+RELEASE = Release("open_clip", "clip", describe, rules, IGNORED, WEIGHTS, write_config,
+                  library="open_clip", task="zero-shot-image-classification")

@@ -88,4 +88,5 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
                                                            preprocess_cfg=open_clip.preprocess_cfg(config)), indent=1))
 
 
-RELEASE = Release("open_clip_coca", "coca", describe, rules, open_clip.IGNORED, open_clip.WEIGHTS, write_config)
+RELEASE = Release("open_clip_coca", "coca", describe, rules, open_clip.IGNORED, open_clip.WEIGHTS, write_config,
+                  library="open_clip", task="image-to-text")

@@ -28,4 +28,4 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
                 data=dict(size=pixels, length=found["length"], eval_augment="resize|center_crop"))
 
 
-RELEASE = Release("openai_clip", "clip", describe, open_clip.rules, IGNORED)
+RELEASE = Release("openai_clip", "clip", describe, open_clip.rules, IGNORED, licence="mit")     # openai/CLIP LICENSE

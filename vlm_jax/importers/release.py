@@ -36,6 +36,8 @@ class Release:
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
+    licence: of the official weights, where all have one and their files do not say it. library, task: what the hub's
+    metadata calls the loader and the use of this layout.
     """
     name: str
     system: str
@@ -45,6 +47,9 @@ class Release:
     weights_files: tuple[str, ...] = ()
     write_config: Callable[[Any, pathlib.Path, Collection[str]], None] | None = None
     resize: str = "resize_positions"
+    licence: str = ""
+    library: str = "vlm_jax"
+    task: str = ""
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:

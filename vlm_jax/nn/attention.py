@@ -22,6 +22,7 @@ from vlm_jax.partitioning import current_sizes, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
 
+AMPERE = 8.0           # the first compute capability with bfloat16 and cuDNN's flash attention
 CAUSAL = ("none", "causal")
 QK_NORMS = ("none", "rms")
 TPU_BLOCK = 128        # the Pallas kernel's tile; lengths are padded to a multiple of it
@@ -37,8 +38,8 @@ def choose(backend: str, dtype: Any, head_dim: int, q_len: int, kv_len: int, mas
     """
     dtype = jnp.dtype(dtype)
     if backend == "gpu":
-        if capability is None or capability < 8.0:
-            return "xla", f"cuDNN flash attention needs compute capability 8.0, this device has {capability}"
+        if capability is None or capability < AMPERE:
+            return "xla", f"cuDNN flash attention needs compute capability {AMPERE}, this device has {capability}"
         if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
             return "xla", f"cuDNN flash attention takes bfloat16 and float16, not {dtype}"
         if head_dim % 8 or head_dim > 128:
@@ -69,7 +70,8 @@ def target() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _capability() -> float | None:
+def cuda_capability() -> float | None:
+    """The compute capability of the device, None where it is not CUDA's."""
     value = getattr(jax.devices()[0], "compute_capability", None)
     try:
         return float(value)
@@ -97,7 +99,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         return attend_xla(q, k, v, mask, causal, drop)
     backend = target()
     name, reason = choose(backend, q.dtype, q.shape[-1], q.shape[1], k.shape[1], mask is not None,
-                          _capability() if backend == "gpu" else None)
+                          cuda_capability() if backend == "gpu" else None)
     _log_once(name, reason)
     if name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal == "causal", implementation="cudnn")

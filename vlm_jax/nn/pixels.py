@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
+from vlm_jax.nn import attention
+
+log = logging.getLogger("vlm_jax.dtype")
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -20,14 +25,34 @@ def normalise(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
     return (image.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def compute_dtype(name: str) -> Any:
-    """"float32", "bfloat16", or "auto": bfloat16 on accelerators (GPUs before Ampere excepted), float32 on CPUs."""
+def choose_dtype(name: str, backend: str, capability: float | None = None) -> tuple[str, str]:
+    """The dtype of a model's ``dtype`` field, and why: ("float32" | "bfloat16", reason).
+
+    ``backend`` and ``capability`` as for ``attention.choose``. Float16 is never chosen: its range needs loss scaling.
+    Raises ValueError for an unknown name.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is not known{nearest(name, ('auto', *DTYPES))}")
-        return DTYPES[name]
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return jnp.float32
-    capability = getattr(device, "compute_capability", None)
-    return jnp.float32 if capability is not None and float(capability) < 8.0 else jnp.bfloat16
+        return name, "as configured"
+    if backend == "cpu":
+        return "float32", "bfloat16 is slow on CPUs"
+    if backend == "gpu" and capability is not None and capability < attention.AMPERE:
+        return "float32", (f"this GPU has compute capability {capability}; bfloat16 needs {attention.AMPERE} (Ampere), "
+                           "and float16 would need loss scaling")
+    return "bfloat16", f"bfloat16 is native on this {backend.upper()}"
+
+
+@functools.cache
+def _log_once(level: int, dtype: str, reason: str) -> None:
+    log.log(level, "dtype auto: %s (%s)", dtype, reason)
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype of ``choose_dtype`` for the backend that is compiled for; "auto"'s choice is logged once, as a
+    warning where an accelerator gets float32."""
+    backend = attention.target()
+    dtype, reason = choose_dtype(name, backend, attention.cuda_capability() if backend == "gpu" else None)
+    if name == "auto":
+        _log_once(logging.WARNING if (backend, dtype) == ("gpu", "float32") else logging.INFO, dtype, reason)
+    return DTYPES[dtype]

@@ -43,7 +43,7 @@ th { text-align: left; font-weight: 600; color: var(--quiet); font-size: .8rem; 
 th, td { padding: .38rem .8rem .38rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.n, th.n { text-align: right; }
 tr:last-child td { border-bottom: 0; }
-td b { font-weight: 650; }
+td b { font-weight: 650; } td.long { white-space: normal; overflow-wrap: anywhere; }
 .bar { position: relative; width: 9rem; height: .8rem; background: var(--page); border-radius: .4rem; }
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; background: var(--accent); opacity: .85; border-radius: .4rem; }
 .bar u { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: var(--chance); }
@@ -71,7 +71,7 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
 
 def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], figures: Mapping[str, tuple[bytes, bytes]],
           neighbours: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]], config_text: str,
-          notes: Sequence[str]) -> str:
+          notes: Sequence[str], provenance: Mapping[str, str]) -> str:
     """The page as text. ``figures``: "curves" and "similarity" as PNG for (light, dark); other arguments
     as ``write_report`` takes them, any of them empty."""
     body = [f"<header><h1>{escape(title)}</h1><p class=quiet>{escape(subtitle)}</p></header>", _tiles(scores)]
@@ -95,6 +95,9 @@ def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], f
     if captions:
         body.append(_section("Captions", "Generated captions with the reference below.",
                              f"<div class=cards>{''.join(map(_card, captions))}</div>"))
+    if provenance:
+        rows = "".join(f"<tr><th>{escape(label)}</th><td class=long>{escape(text)}</td></tr>" for label, text in provenance.items())
+        body.append(_section("Provenance", "", f"<table><tbody>{rows}</tbody></table>"))
     if config_text:
         body.append(f"<section><details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details></section>")
     return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"

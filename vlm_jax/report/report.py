@@ -16,7 +16,8 @@ from vlm_jax.report.theme import DARK, LIGHT
 def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Mapping[str, Any]] = (),
                  scores: Mapping[str, Any] | None = None, config_text: str = "",
                  similarity: Mapping[str, Any] | None = None, neighbours: Sequence[Mapping[str, Any]] = (),
-                 captions: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = ()) -> pathlib.Path:
+                 captions: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (),
+                 provenance: Mapping[str, str] | None = None) -> pathlib.Path:
     """Writes ``report.html``, self-contained, and the pictures that there is something to draw for.
 
     Args:
@@ -30,6 +31,7 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
         neighbours: per text ``query``, ``images``, ``scores``, ``right`` -> neighbours.png.
         captions: per image ``image``, ``generated``, ``reference``, ``ok`` -> captions.png.
         notes: sentences put on top.
+        provenance: licence, code, data and the like, by label.
         Images are uint8 [h,w,3]; see ``pictures`` for the three above.
 
     Returns:
@@ -55,7 +57,7 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
             (folder / f"{name}.png").write_bytes(pictures[name])
     path = folder / "report.html"
     path.write_text(page.build(title=title, subtitle=_subtitle(metrics), scores=series.read_scores(scores), figures=figures,
-                               neighbours=neighbours, captions=captions, config_text=config_text, notes=notes), "utf-8")
+                               neighbours=neighbours, captions=captions, config_text=config_text, notes=notes, provenance=provenance or {}), "utf-8")
     return path
 
 

@@ -181,7 +181,8 @@ def build(config: Any) -> System:
         moving = traverse_util.flatten_dict(moved, sep="/") if batch_norm and context.train else {}
         return total, Output({**terms, **metrics, "scale": scale}, moving=moving)
 
-    return System(model, init, loss, {"embed": functools.partial(embed, model), "features": functools.partial(features, model)})
+    return System(model, init, loss, {"embed": functools.partial(embed, model), "features": functools.partial(features, model)},
+                  papers=("2103.00020", *(("2303.15343",) if options["kind"] == "sigmoid" else ())))
 
 
 def embed(model: nn.Module, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:

@@ -205,7 +205,7 @@ def build(config: Any) -> System:
 
     return System(model, init, loss, {
         "embed": functools.partial(embed, model), "features": functools.partial(features, model),
-        "caption_logits": functools.partial(caption_logits, model), "generate": generate})
+        "caption_logits": functools.partial(caption_logits, model), "generate": generate}, papers=("2205.01917",))
 
 
 def embed(model: CoCa, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:

@@ -95,8 +95,13 @@ def _digests(files: Sequence[Path]) -> list[str]:
 
 
 def _sync(path: Path) -> None:
-    """Forces a file, or a directory's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Forces a file, or a directory's entries, to the disk. Windows opens no directory, and syncs only what may be written."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

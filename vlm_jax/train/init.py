@@ -133,6 +133,12 @@ def carry_axes(system: System, plan: Plan, path: tuple[Any, ...], x: Any) -> tup
     raise ValueError(f"carry leaf {name} of shape {x.shape} has no axes: name it in System.carry_axes")
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """"@stage:template", "DIR:template", or either without a template -> (origin, template)."""
+    origin, _, template = source.rpartition(":")
+    return (source, "") if origin in ("", "hf") else (origin, template)      # "hf:OWNER/NAME" alone has a colon of its own
+
+
 def take_over(rules: Sequence[weight_rules.Rule], plan: Plan,
               open_origin: Callable[[str], Mapping[str, np.ndarray]], where: str) -> dict[str, np.ndarray]:
     """Weights that a stage's ``init`` rules take from elsewhere.
@@ -144,9 +150,7 @@ def take_over(rules: Sequence[weight_rules.Rule], plan: Plan,
     full: list[weight_rules.Rule] = []
     for target, source, how in rules:
         if source != weight_rules.FRESH:
-            origin, _, template = source.rpartition(":")
-            if origin in ("", "hf"):      # no template: a path, or hf:OWNER/NAME
-                origin, template = source, ""
+            origin, template = split_source(source)
             key = origin.replace("\\", "/")
             if not any(name.startswith(f"{key}:") for name in sources):
                 sources.update({f"{key}:{p}": x for p, x in open_origin(origin).items()})
