@@ -127,6 +127,8 @@ HOW: Mapping[str, How] = {
     "conv": How(lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),      # OIHW -> HWIO
     "patches": How(lambda x, shape: _reshape(x.transpose(2, 3, 1, 0), shape), _patches_back),      # OIHW -> [h*w*i, o]
     "resize_positions": How(_if_needed(resize_grid), _same),
+    "one": How(_reshape, lambda x: x.reshape(1)),                                                  # [1] -> []
+    "id_row": How(_reshape, lambda x: x[None]),                                                    # [1, n] -> [n]
     "class_row": How(_reshape, lambda x: x[None, None]),                                          # [1, 1, d] -> [d]
     "batched_resize_positions_border": How(lambda x, shape: _if_needed(lambda y, n: resize_grid(y, n, "border"))(x[0], shape), lambda x: x[None]),
     "resize_positions_border": How(_if_needed(lambda x, n: resize_grid(x, n, "border")), _same),
