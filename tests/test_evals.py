@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax import evals
+from vlm_jax import evals, evaluate
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, prompts, text_metrics
 from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank, rerank
@@ -258,6 +258,13 @@ def test_rerank_says_what_it_needs():
         run("rerank", predict=matcher(), k=0)
     broken = run("rerank", predict=matcher(broken=(WORDS.index("blue"),)))
     assert [i["rank"] for i in broken.items if i.get("caption") == "a blue square"] == [5]
+
+
+@pytest.mark.parametrize("flag, kind, nearest", [
+    ("--k=3", "retrieval", "rerank"), ("--score=match", "matching", "rerank"), ("--templates=photo", "rerank", "zeroshot")])
+def test_a_flag_of_another_kind_is_refused(flag, kind, nearest, capsys):
+    assert evaluate.main(["nowhere", kind, "--data=scenes:test", flag]) == 43
+    assert f"{flag} has no use in {kind!r}; nearest: {nearest!r}" in capsys.readouterr().err
 
 
 # matching
