@@ -74,7 +74,7 @@ RETRIEVAL = dict(retrieval=dict(options=dict(captions="first")))
 RERANK = dict(rerank=dict(examples=200, options=dict(captions="first", k=16)))
 
 ALBEF = "configs/albef.py"
-SHORT = {"stages.pretrain.steps": 240, "stages.pretrain.loss.alpha_ramp": 60, "stages.pretrain.checkpoint.every": 1000}
+SHORT = {"stages.pretrain.steps": 400, "stages.pretrain.data.batch": 32, "stages.pretrain.loss.alpha_ramp": 100, "stages.pretrain.checkpoint.every": 1000}
 
 CLAIMS: dict[str, Claim] = {
     "momentum": Claim(
