@@ -79,14 +79,14 @@ SHORT = {"stages.pretrain.steps": 400, "stages.pretrain.data.batch": 32, "stages
 CLAIMS: dict[str, Claim] = {
     "momentum": Claim(
         sentence="Learning from the momentum model's pseudo-targets improves what is learnt from noisy pairs.",
-        paper="ALBEF (arXiv 2107.07651), section 3.3 and table 1",
+        paper="ALBEF (arXiv 2107.07651), sections 3.3 and 6.1",
         config=ALBEF, shared={**SHORT, "stages.pretrain.data.train": "scenes:noisy", "stages.pretrain.evals": evals(**RETRIEVAL, matching={})},
         variants={"distilled": {"stages.pretrain.loss.alpha": 0.4}, "one_hot": {"stages.pretrain.loss.alpha": 0.0}},
         differences={what: (("distilled", f"retrieval/{score}"), ("one_hot", f"retrieval/{score}")) for what, score in RECALL.items()}
         | {"true caption preferred, ITM": (("distilled", "matching/match"), ("one_hot", "matching/match"))}),
     "negatives": Claim(
         sentence="Matching learns more from hard negatives, mined by contrastive similarity, than from random ones.",
-        paper="ALBEF (arXiv 2107.07651), section 3.2 and table 1",
+        paper="ALBEF (arXiv 2107.07651), sections 3.2 and 6.1",
         config=ALBEF, shared={**SHORT, "stages.pretrain.evals": evals(**RERANK, matching={})},
         variants={name: {"stages.pretrain.loss.negatives": name} for name in ("hard", "random")},
         differences={"true caption preferred, ITM": (("hard", "matching/match"), ("random", "matching/match"))}
@@ -94,7 +94,7 @@ CLAIMS: dict[str, Claim] = {
         shown=("matching/cosine",)),
     "rerank": Claim(
         sentence="The fusion encoder ranks the dual encoder's nearest better than the dual encoder does.",
-        paper="ALBEF (arXiv 2107.07651), sections 4 and 6.2",
+        paper="ALBEF (arXiv 2107.07651), section 5",
         config=ALBEF, shared={**SHORT, "stages.pretrain.evals": evals(**RERANK)},
         variants={"albef": {}},
         differences={what: (("albef", f"rerank/{score}"), ("albef", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},

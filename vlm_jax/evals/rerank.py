@@ -21,7 +21,7 @@ SHOWN = 5      # best candidates kept for each query
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any, source: Any = None, k: int = 128,
              score: str = "match", captions: str = "all", duplicates: str = "wrong", text_length: int = 0) -> Evaluation:
-    """Retrieval as published for models with a fusion encoder (arXiv 2107.07651, section 4; 2201.12086): images and texts are encoded once, each
+    """Retrieval as published for models with a fusion encoder (arXiv 2107.07651, section 5; 2201.12086): images and texts are encoded once, each
     query keeps its ``k`` nearest by cosine, and these are ranked by the matching head. All others rank after them, by cosine.
 
     Args:
