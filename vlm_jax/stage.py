@@ -30,6 +30,7 @@ from vlm_jax.importers import hub
 from vlm_jax.nn import lora
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
+from vlm_jax.train.state import merge
 
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
@@ -225,7 +226,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     if tokenizer is None and data.tokenizer:
         tokenizer = configs.call(tokenizers.load, {}, f"stages.{name}.data.tokenizer", data.tokenizer)
     if tokenizer is not None and "tokens" in stage_config.model:
-        found = {"vocab": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        found = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        if getattr(tokenizer, "mask_id", None) is not None:
+            found["mask"] = tokenizer.mask_id
+        own = [key for key in sorted(stage_config.model.tokens) if key != "vocab" and key not in found]     # such as BLIP's [DEC] and [ENC]
+        found |= {key: tokenizer.vocab_size + i for i, key in enumerate(own)}
+        found["vocab"] = tokenizer.vocab_size + len(own)
         for key, value in stage_config.model.tokens.items():
             if value == -1:
                 stage_config.model.tokens[key] = found[key]
@@ -384,6 +390,14 @@ def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return lora.merge(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
 
 
+def read_carry(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The carry of a stage's newest checkpoint, or of an import that has one, by path."""
+    try:
+        return checkpoint.load_params(folder / "checkpoints", collections=("carry",))
+    except (ValueError, FileNotFoundError):
+        return {}
+
+
 def read_leaves(folder: pathlib.Path, which: str) -> dict[str, np.ndarray]:
     """The leaves of a stage as they were trained, from one of its series of checkpoints. Raises ConfigError."""
     def read(collection):
@@ -398,6 +412,12 @@ def read_leaves(folder: pathlib.Path, which: str) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from error
     return leaves
+
+
+def carry_shapes(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of a system's carry (slow copies, queues) by path."""
+    variables = merge(dict(stage.plan.shapes), {}, dict(stage.plan.moving))
+    return checkpoint.flatten(jax.eval_shape(stage.system.init_carry, variables))
 
 
 def newest_stage(folder: pathlib.Path) -> pathlib.Path:

@@ -3,7 +3,7 @@
 A rule is ``(target, source, how)``: ``target`` a regex over whole target paths, ``source`` a
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
-first axis), and a final "[1/3]" for the second of three equal parts of the source along its
+first axis; "{layer+6}" counts from 6), and a final "[1/3]" for the second of three equal parts of the source along its
 first axis (torch keeps query, key and value in one matrix).
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
@@ -23,7 +23,7 @@ from vlm_jax.errors import ConfigError, nearest
 
 Rule = tuple[str, str, str]
 FRESH = "fresh"
-LAYER = "{layer}"
+LAYER = re.compile(r"\{layer(?:\+(\d+))?\}")
 
 
 # ---- tables of positions -----------------------------------------------------------------------
@@ -127,6 +127,10 @@ HOW: Mapping[str, How] = {
     "conv": How(lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),      # OIHW -> HWIO
     "patches": How(lambda x, shape: _reshape(x.transpose(2, 3, 1, 0), shape), _patches_back),      # OIHW -> [h*w*i, o]
     "resize_positions": How(_if_needed(resize_grid), _same),
+    "one": How(_reshape, lambda x: x.reshape(1)),                                                  # [1] -> []
+    "id_row": How(_reshape, lambda x: x[None]),                                                    # [1, n] -> [n]
+    "class_row": How(_reshape, lambda x: x[None, None]),                                          # [1, 1, d] -> [d]
+    "batched_resize_positions_border": How(lambda x, shape: _if_needed(lambda y, n: resize_grid(y, n, "border"))(x[0], shape), lambda x: x[None]),
     "resize_positions_border": How(_if_needed(lambda x, n: resize_grid(x, n, "border")), _same),
     "resize_text_positions": How(_if_needed(resize_sequence), _same),
     "grow": How(_grow, _same),
@@ -148,7 +152,9 @@ def _part(template: str) -> tuple[str, int, int]:
 def _names(template: str, shape: Sequence[int]) -> list[str]:
     """The source names of a template: one, or one for each layer of a stacked leaf of ``shape``."""
     name = _part(template)[0]
-    return [name.replace(LAYER, str(i)) for i in range(shape[0])] if LAYER in name else [name]
+    if not LAYER.search(name):
+        return [name]
+    return [LAYER.sub(lambda found, i=i: str(i + int(found[1] or 0)), name) for i in range(shape[0])]
 
 
 def _first_match(rules: Sequence[Rule], path: str) -> tuple[int, str, str] | None:
@@ -163,7 +169,7 @@ def _first_match(rules: Sequence[Rule], path: str) -> tuple[int, str, str] | Non
 def _value(path: str, shape: Sequence[int], template: str, how: str, sources: Mapping[str, np.ndarray], where: str) -> np.ndarray:
     """The target's value. Raises ConfigError where a source is missing or does not fit."""
     forward, (_, part, parts) = _how(how, where).forward, _part(template)
-    stacked = LAYER in template
+    stacked = bool(LAYER.search(template))
 
     def one(name):
         if name not in sources:
@@ -241,7 +247,7 @@ def export_leaves(rules: Sequence[Rule], leaves: Mapping[str, np.ndarray], where
             raise ConfigError(f"{where}: that layout has no place for {path}")
         backward, (_, part, count) = _how(found[2], where).backward, _part(found[1])
         leaf = np.asarray(leaf)
-        for name, x in zip(_names(found[1], leaf.shape), leaf if LAYER in found[1] else [leaf]):
+        for name, x in zip(_names(found[1], leaf.shape), leaf if LAYER.search(found[1]) else [leaf]):
             parts.setdefault(name, {})[part] = backward(x)
             counts[name] = count
     for name, found in parts.items():

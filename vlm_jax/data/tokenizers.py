@@ -244,7 +244,8 @@ class JsonTokenizer(Tokenizer):
     kind = "json"
     NAMES = {"pad_id": ("[PAD]", "<pad>", "<|endoftext|>", "</s>", "<|end_of_text|>"),
              "bos_id": ("[CLS]", "<s>", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
-             "eos_id": ("[SEP]", "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>")}
+             "eos_id": ("[SEP]", "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
+             "mask_id": ("[MASK]", "<mask>")}
 
     def __init__(self, content: bytes):
         import tokenizers
@@ -256,7 +257,7 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         found = {field: next((vocabulary[n] for n in names if n in vocabulary), None)
                  for field, names in self.NAMES.items()}
-        self.bos_id, self.eos_id = found["bos_id"], found["eos_id"]
+        self.bos_id, self.eos_id, self.mask_id = found["bos_id"], found["eos_id"], found["mask_id"]
         self.pad_id = found["pad_id"] if found["pad_id"] is not None else 0
 
     def encode(self, text: str) -> list[int]:
@@ -284,8 +285,8 @@ KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "clip
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", or a directory
-    written by ``save``.
+    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", "bert:VOCAB.txt" (a word-piece
+    vocabulary, lower case), or a directory written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
@@ -303,8 +304,17 @@ def load(name: str) -> Tokenizer:
         return SentencePieceTokenizer(_read(path, "the SentencePiece model"))
     if kind == "hf" and path:
         return JsonTokenizer(_read_json(path))
-    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "hf:PATH", "a directory written by save")
+    if kind == "bert" and path:
+        return JsonTokenizer(_word_pieces(_read(path, "BERT's vocabulary")))
+    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
     raise ValueError(f"tokenizer {name!r} is neither a known name nor a directory{nearest(name, valid)}")
+
+
+def _word_pieces(vocabulary: bytes) -> bytes:
+    """A line-by-line vocabulary -> the tokenizer.json of bert-base-uncased with it."""
+    import tokenizers
+    words = {word: i for i, word in enumerate(vocabulary.decode("utf-8").rstrip("\n").split("\n"))}
+    return tokenizers.BertWordPieceTokenizer(words, lowercase=True).to_str().encode()
 
 
 def _load_saved(folder: str) -> Tokenizer:

@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -34,10 +35,10 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers import albef, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
-RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE)}
+RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 RECORD = "import.json"
 
@@ -98,11 +99,15 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     from vlm_jax.train import checkpoint
 
     stage = stages.resolve(config, "import", found)
-    targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving}.items()}
-    leaves, ignored = weight_rules.import_leaves(layout.rules(sections, shapes), layout.ignored, targets, Floats(tensors), f"{release}: {src}")
+    table = layout.rules(sections, shapes)
+    carry = {f"carry/{p}": x for p, x in stages.carry_shapes(stage).items() if any(re.fullmatch(rule[0], f"carry/{p}") for rule in table)}
+    targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving, **carry}.items()}
+    tied = check_ties(layout.ties(shapes), tensors)
+    leaves, ignored = weight_rules.import_leaves(table, layout.ignored, targets, Floats({n: t for n, t in tensors.items() if n not in tied}), f"{release}: {src}")
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
-        keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving}})
+        keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},
+                        "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}})
     if found is not None:
         found.save(str(out / "tokenizer"))
     source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
@@ -120,6 +125,15 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     return out
 
 
+def check_ties(ties: Mapping[str, str], tensors: Mapping[str, read.Tensor]) -> set[str]:
+    """The second copies in a file. Raises ConfigError where one is not equal to its first."""
+    found = {copy for copy in ties if copy in tensors}
+    for copy in sorted(found):
+        if not np.array_equal(tensors[copy].read(), tensors[ties[copy]].read(), equal_nan=True):
+            raise ConfigError(f"{copy} and {ties[copy]} are one tensor in this layout, but differ in the file")
+    return found
+
+
 def guess_release(folder: pathlib.Path) -> str:
     """The release of a directory, by its config files. Raises ConfigError."""
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
@@ -132,17 +146,18 @@ def guess_release(folder: pathlib.Path) -> str:
 
 def stage_config(layout: Release, sections: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> Any:
     """The stage config of an imported model: its sizes, and a plain recipe that a config's own replaces."""
-    model = dict(sections["model"], scale=1 / 0.07, dtype="auto")
+    own = "loss" in sections      # a layout that says all of it
+    model = dict(sections["model"], dtype="auto", **({} if own else {"scale": 1 / 0.07}))
     if tokenizer is not None:
-        model["tokens"] = dict(vocab=model["tokens"]["vocab"], bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
-    loss = dict(weights=dict(con=1.0, cap=2.0) if layout.system == "coca" else dict(con=1.0))
+        model["tokens"] = dict(model["tokens"], bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    loss = sections.get("loss") or dict(weights=dict(con=1.0, cap=2.0) if layout.system == "coca" else dict(con=1.0))
     if "bias" in model:
         loss["kind"] = "sigmoid"     # what such models were trained with
     return configs.ConfigDict(configs.stage(
         system=layout.system, model=model, loss=loss,
         optim=dict(name="adamw", lr=1e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule="cosine", warmup="5%",
-                   clamps=(("logit_scale", 0.0, 4.605170185988092),), ema=0.0, max_bad_steps=10),
-        data=dict(train="", eval="", batch=64, tokenizer="", augment="random_resized_crop(scale=0.9..1)", **sections["data"]),
+                   clamps=sections.get("clamps", (("logit_scale", 0.0, 4.605170185988092),)), ema=0.0, max_bad_steps=10),
+        data=dict(train="", eval="", batch=min(64, loss.get("queue", 64)), tokenizer="", augment="random_resized_crop(scale=0.9..1)", **sections["data"]),
         steps=1000))
 
 
@@ -168,9 +183,12 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
         raise ConfigError(f"--export={release}: {folder} is a {config.system!r}{nearest(release, fitting) if fitting else ''}")
     table, record = read_json(folder, RECORD), provenance.read(folder)
     known = table.get("tensors", {}) if table.get("release") == release else {}
-    leaves = stages.read_weights(folder)
+    leaves = stages.read_weights(folder) | {f"carry/{p}": x for p, x in stages.read_carry(folder).items()}
     sections = configs.to_plain(config)
-    arrays = weight_rules.export_leaves(layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()}), leaves, f"--export={release}")
+    table = layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()})
+    leaves = {p: x for p, x in leaves.items() if not p.startswith("carry/") or any(re.fullmatch(rule[0], p) for rule in table)}
+    arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
+    arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     layout.write_config(config, out, arrays)

@@ -12,6 +12,7 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
+WORD_PIECES = ("albef", "blip")      # bert-base-uncased's
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
@@ -52,6 +53,12 @@ def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
             if (folder / name).is_file():
                 return opened(folder), name
         return tokenizers.load("clip"), "CLIP's vocabulary"
+    if release in WORD_PIECES:
+        if (folder / "vocab.txt").is_file():
+            return tokenizers.load(f"bert:{folder / 'vocab.txt'}"), "vocab.txt"
+        if (folder / "tokenizer.json").is_file():
+            return open_json(folder), "tokenizer.json"
+        raise FileNotFoundError("there is no vocab.txt of bert-base-uncased beside the file")
     if read_json(folder, "open_clip_config.json").get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
         return open_json(folder), "tokenizer.json"
     if (folder / tokenizers.CLIP_FILE).is_file():

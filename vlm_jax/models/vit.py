@@ -36,6 +36,9 @@ VARIANTS = {
     "coca_base": _sizes(288, 18, 768, 12, 12, 3072),
     "coca_large": _sizes(288, 18, 1024, 24, 16, 4096),
     "coca_giant": _sizes(288, 18, 1408, 40, 16, 6144),
+    # ALBEF, BLIP (arXiv 2107.07651, 2201.12086): DeiT's and timm's layout, with biased patches and a norm at the end
+    "timm_b16": dict(_sizes(224, 16, 768, 12, 12, 3072), patch_bias=True, norms_at=("output",), eps=1e-6, init_scheme="bert"),
+    "timm_l16": dict(_sizes(224, 16, 1024, 24, 16, 4096), patch_bias=True, norms_at=("output",), eps=1e-6, init_scheme="bert"),
     # 36 tokens of a 48-pixel image: trains on a CPU in minutes (with stem "conv")
     "mini": _sizes(48, 8, 96, 3, 3, 288),
 }
@@ -50,6 +53,7 @@ class ViT(nn.Module):
 
     Fields:
       stem: "patch", or "conv" (overlapping convolutions; ``patch`` must then be a power of two).
+      patch_bias: whether the patches' projection has a bias.
       norms_at: "input" (``input_norm`` before the blocks) and / or "output" (``output_norm`` after).
       positions: "learned" (for ``image_size`` only) or "sincos" (any size; zero for a class token).
       positions_at: "input", and "output" where they are to be added to the result again, so
@@ -66,6 +70,7 @@ class ViT(nn.Module):
     mlp_dim: int
     activation: str = "gelu"
     stem: str = "patch"
+    patch_bias: bool = False
     class_token: bool = True
     norm: str = "layernorm"
     eps: float = 1e-5
@@ -93,8 +98,8 @@ class ViT(nn.Module):
                 raise ValueError(f"patch={self.patch} must be a power of two with stem='conv'; nearest: {2 ** stages}")
             self.patch_embed = ConvStem(self.width, stages, self.norm, self.init_scheme, self.dtype)
         else:
-            self.patch_embed = PatchEmbed(self.patch, self.width, dtype=self.dtype)
-        normal = nn.initializers.normal(self.width ** -0.5)
+            self.patch_embed = PatchEmbed(self.patch, self.width, self.patch_bias, dtype=self.dtype)
+        normal = nn.initializers.normal(0.02 if self.init_scheme == "bert" else self.width ** -0.5)
         if self.class_token:
             self.class_embed = self.param("class_embed", nn.with_logical_partitioning(normal, ("norm",)), (self.width,), jnp.float32)
         if self.positions == "learned":

@@ -79,14 +79,24 @@ def cuda_capability() -> float | None:
         return None
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
+class Drop(NamedTuple):
+    """Attention weights are left out with probability ``rate``, by ``key``."""
+    rate: float
+    key: jax.Array
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
+           drop: Drop | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v. q [b, q, h, d], k and v [b, k, h, d] -> [b, q, h, d].
 
-    ``causal`` "causal" lets query i see keys 0..i. The kernel and the reason for it are logged
+    ``causal`` "causal" lets query i see keys 0..i. ``drop`` needs the weights themselves, so that no fused kernel
+    is used with it. The kernel and the reason for it are logged
     once for each distinct choice, to the logger ``vlm_jax.attention``.
     """
     if causal not in CAUSAL:
         raise ValueError(f"causal={causal!r} is not known{nearest(causal, CAUSAL)}")
+    if drop is not None:
+        return attend_xla(q, k, v, mask, causal, drop)
     backend = target()
     name, reason = choose(backend, q.dtype, q.shape[-1], q.shape[1], k.shape[1], mask is not None,
                           cuda_capability() if backend == "gpu" else None)
@@ -98,7 +108,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return attend_xla(q, k, v, mask, causal)
 
 
-def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
+def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
+               drop: Drop | None = None) -> jax.Array:
     """The reference: plain matrix products around an fp32 softmax. Shapes as ``attend``."""
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -110,6 +121,8 @@ def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None 
     weights = jax.nn.softmax(logits, axis=-1)
     if mask is not None:  # a row without any key would be uniform
         weights = jnp.where(mask, weights, 0)
+    if drop is not None:
+        weights = jnp.where(jax.random.bernoulli(drop.key, 1 - drop.rate, weights.shape), weights / (1 - drop.rate), 0)
     return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).transpose(0, 2, 1, 3)
 
 
@@ -194,6 +207,7 @@ class Attention(nn.Module):
       width: of the queries' input. kv_width: of the keys' input, if it differs.
       head_dim: default width / heads. out_width: default width.
       init_scheme, depth: see ``nn.initializers``.
+      dropout: of the attention weights, where a stream of random keys "dropout" is given.
     """
     width: int
     heads: int
@@ -205,7 +219,11 @@ class Attention(nn.Module):
     causal: str = "none"
     init_scheme: str = "torch"
     depth: int = 1
+    dropout: float = 0.0
     dtype: Any = jnp.float32
+
+    def drop(self) -> Drop | None:
+        return Drop(self.dropout, self.make_rng("dropout")) if self.dropout and self.has_rng("dropout") else None
 
     def setup(self):
         if self.qk_norm not in QK_NORMS:
@@ -246,10 +264,10 @@ class Attention(nn.Module):
         """
         if memory is not None:
             q, (k, v) = self.project_query(x), self.project_memory(memory)
-            return self.merge(attend(q, k, v, mask, self.causal)), cache
+            return self.merge(attend(q, k, v, mask, self.causal, self.drop())), cache
         q, k, v = self.project_self(x)
         if cache is None:
-            return self.merge(attend(q, k, v, mask, self.causal)), None
+            return self.merge(attend(q, k, v, mask, self.causal, self.drop())), None
         cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
         positions = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])  # [b or 1, q]
         last = positions if self.causal == "causal" else jnp.broadcast_to(positions[:, -1:], positions.shape)
@@ -258,7 +276,7 @@ class Attention(nn.Module):
 
     def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Attends to keys and values [b, k, h, d] that ``project_memory`` made earlier."""
-        return self.merge(attend(self.project_query(x), keys, values, mask))
+        return self.merge(attend(self.project_query(x), keys, values, mask, drop=self.drop()))
 
     def project_query(self, x: jax.Array) -> jax.Array:
         """[b, q, width] -> [b, q, h, d]."""

@@ -130,6 +130,90 @@ class Stack(nn.Module):
         return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index)
 
 
+ROLES = ("encoder", "decoder")
+
+
+class PostBlock(nn.Module):
+    """Post-norm block of BERT: x = norm1(x + attn(x)); [x = norm_cross(x + cross(x, memory))]; x = norm2(x + mlp(x)).
+
+    Without ``memory`` the cross-attention is passed over. ``roles``: "encoder" owns ``attn`` and ``norm1``, "decoder" the
+    causal ``decoder_attn`` and ``decoder_norm1``; all else is shared between them (BLIP's MED). ``memory_width`` None:
+    no cross-attention. ``dropout``: of attention weights and of what enters the residual stream, where a stream of
+    random keys "dropout" is given.
+    """
+    width: int
+    heads: int
+    mlp_dim: int
+    memory_width: int | None = None
+    roles: tuple[str, ...] = ("encoder",)
+    activation: str = "gelu"
+    eps: float = 1e-12
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        for role in self.roles:
+            if role not in ROLES:
+                raise ValueError(f"roles: {role!r} is not known{nearest(role, ROLES)}")
+        attention = functools.partial(Attention, self.width, self.heads, init_scheme="bert", dropout=self.dropout, dtype=self.dtype)
+        norm = functools.partial(Norm, "layernorm", self.eps)
+        if "encoder" in self.roles:
+            self.attn, self.norm1 = attention(), norm()
+        if "decoder" in self.roles:
+            self.decoder_attn, self.decoder_norm1 = attention(causal="causal"), norm()
+        if self.memory_width is not None:
+            self.cross, self.norm_cross = attention(kv_width=self.memory_width), norm()
+        self.mlp, self.norm2 = Mlp(self.mlp_dim, self.activation, True, "bert", dtype=self.dtype), norm()
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, memory: jax.Array | None, memory_mask: jax.Array | None,
+                 cache: dict | None, index: jax.Array | None, memory_rows: jax.Array | None) -> tuple[jax.Array, dict | None]:
+        """x [b, l, width], memory [n, m, memory_width] -> (x, cache). Arguments as ``Stack``, for one layer.
+
+        ``memory_rows`` int [b]: which memory each row of x attends to; None where n is b. Keys and values are made once
+        for each memory, however many rows look at it.
+        """
+        return self.run(self.attn, self.norm1, x, mask, memory, memory_mask, cache, index, memory_rows)
+
+    def decode(self, x: jax.Array, mask: jax.Array | None, memory: jax.Array | None, memory_mask: jax.Array | None,
+               cache: dict | None, index: jax.Array | None, memory_rows: jax.Array | None) -> tuple[jax.Array, dict | None]:
+        """The same in the decoder's role."""
+        return self.run(self.decoder_attn, self.decoder_norm1, x, mask, memory, memory_mask, cache, index, memory_rows)
+
+    def run(self, attn, norm1, x, mask, memory, memory_mask, cache, index, memory_rows):
+        def added(x, y, name):
+            return x + checkpoint_name(self.drop(y, deterministic=not self.has_rng("dropout")), name)
+
+        cache = None if cache is None else dict(cache)
+        own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
+        y, own = attn(x, mask=mask, cache=own, index=index)
+        x = norm1(added(x, y, "attn_out"))
+        if cache is not None:
+            cache.update(own)
+        if self.memory_width is not None and (memory is not None or (cache is not None and "memory_key" in cache)):
+            if memory is not None:
+                keys, values = self.cross.project_memory(memory.astype(self.dtype))
+                if memory_rows is not None:
+                    keys, values = keys[memory_rows], values[memory_rows]
+                if cache is not None:
+                    cache.update(memory_key=keys.astype(cache["memory_key"].dtype), memory_value=values.astype(cache["memory_value"].dtype))
+            else:
+                keys, values = cache["memory_key"], cache["memory_value"]
+            x = self.norm_cross(added(x, self.cross.attend_cached(x, keys, values, memory_mask), "attn_out"))
+        return self.norm2(added(x, self.mlp(x), "mlp_out")), cache
+
+
+def post_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
+    """``layers`` equal post-norm blocks under ``lax.scan``, with the methods of ``PostBlock``."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not a policy{nearest(remat, tuple(REMAT))}")
+    methods = ["__call__", "decode"]
+    block = PostBlock if remat == "none" else nn.remat(PostBlock, policy=REMAT[remat], prevent_cse=False, methods=methods)
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
+                   in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast), out_axes=0,
+                   metadata_params={nn.PARTITION_NAME: "layers"}, methods=methods)(**fields)
+
+
 def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, memory_length: int | None = None,
                dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """An empty cache for ``length`` tokens: key, value [layers, b, length, h, d]; with ``memory_length``,

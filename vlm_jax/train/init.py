@@ -70,17 +70,25 @@ def golden(plan: Plan, sizes: Mapping[str, int]) -> str:
 def create(system: System, plan: Plan, tx: optax.GradientTransformation, mesh: Mesh, key: jax.Array,
            batch_spec: Mapping[str, jax.ShapeDtypeStruct], given: Mapping[str, np.ndarray],
            ema: float = 0.0) -> TrainState:
-    """A state on the mesh: weights in ``given`` (path -> array) where there are some, fresh elsewhere."""
+    """A state on the mesh: weights in ``given`` (path -> array) where there are some, fresh elsewhere. Paths that start with
+    "carry/" are of the carry; those that it does not have, or has in another shape, are passed over."""
     def build(given):
         params, moving, _ = unbox(system.init(key, batch_spec))
         params, moving = {**params, **given["params"]}, {**moving, **given["moving"]}
         trained = {p: x for p, x in params.items() if p in plan.trainable}
         frozen = {p: x for p, x in params.items() if p not in plan.trainable}
         return TrainState(step=jnp.int32(0), params=trained, frozen=frozen, moving=moving, opt_state=tx.init(trained),
-                          carry=system.init_carry(merge(trained, frozen, moving)),
+                          carry=taken(system.init_carry(merge(trained, frozen, moving)), given["carry"]),
                           ema=dict(trained) if ema else {}, bad_steps=jnp.int32(0))
 
-    given = {"params": {p: jnp.asarray(x, plan.shapes[p].dtype) for p, x in given.items() if p in plan.shapes},
+    def taken(carry, given):
+        def leaf(path, x):
+            value = given.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return x if value is None or value.shape != x.shape else value.astype(x.dtype)
+        return jax.tree_util.tree_map_with_path(leaf, carry)
+
+    given = {"carry": {p.removeprefix("carry/"): jnp.asarray(x) for p, x in given.items() if p.startswith("carry/")},
+             "params": {p: jnp.asarray(x, plan.shapes[p].dtype) for p, x in given.items() if p in plan.shapes},
              "moving": {p: jnp.asarray(x, plan.moving[p].dtype) for p, x in given.items() if p in plan.moving}}
     shardings = state_shardings(system, plan, tx, mesh, jax.eval_shape(build, given))
     return jax.jit(build, out_shardings=shardings)(given)

@@ -1,0 +1,71 @@
+"""ALBEF: align before fuse, with momentum distillation (arXiv 2107.07651).
+
+python -m vlm_jax.main --config=configs/albef.py
+    The embedded preset: small towers on procedural scenes, a few minutes on 2 CPU cores.
+python -m vlm_jax.main --config=configs/albef.py:base --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
+    --config.stages.pretrain.data.tokenizer=bert:vocab.txt
+    The paper's size and recipe. Start from DeiT and BERT by ``init`` rules, or from ALBEF.pth (importers, release albef).
+python -m vlm_jax.main --config=configs/albef.py:base --stage=retrieval --config.stages.retrieval.init=DIR --config.stages.retrieval.data.train=...
+    Image-text retrieval at 384 pixels, targets aware of images.
+"""
+
+from vlm_jax import config as c
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEMPERATURE = ("temp", 0.001, 0.5)
+# salesforce/ALBEF dataset/randaugment.py: two of these with strength 7
+AUGMENT = "random_resized_crop(scale={}..1)|flip|randaugment(n=2, m=7)"
+
+
+def get_config(arg=""):
+    args = c.parse_arg(arg, size=("scenes", "base"), res=0)
+    if args.size == "scenes":
+        return c.stages(("pretrain",), pretrain=scenes(args.res or 48), retrieval=scenes_retrieval())
+    return c.stages(("pretrain",), pretrain=base(args.res or 256), retrieval=base_retrieval(args.res or 384))
+
+
+def scenes(res):
+    return c.stage(
+        system="albef",
+        model=dict(image=dict(variant="mini", stem="conv", class_token=True, norms_at=("output",), qk_norm="rms", init_scheme="fan_in"),
+                   text=dict(variant="mini", positions=48, cross_layers=2), embed=64, temp=0.07, dtype="auto",
+                   tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1)),
+        loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=1.0), queue=1024, alpha=0.4, alpha_ramp=200),
+        optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%",
+                   decay_from="50%", clip_norm=1.0, groups=(("temp", dict(lr=0.1)),),      # it is no logarithm: a rate for weights would take it to 0
+                   clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
+        data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
+                  augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
+        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first"))),
+        steps=1000, checkpoint=dict(every=500, keep=2))
+
+
+def scenes_retrieval():
+    return c.stage(**{**scenes(48), **dict(
+        model="init", init="@pretrain", loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, alpha=0.4, targets="images"),
+        optim=dict(scenes(48)["optim"], lr=5e-4, muon_lr=0.02), steps=300)})
+
+
+def base(res):
+    """Section 3.5 and configs/Pretrain.yaml: batch 512 (64 on each of 8 GPUs, which mine among themselves: group), 30 epochs of 4.0M images,
+    AdamW with decay .02 off biases and 1-D leaves (tables and the 0-D temperature do decay), 1e-4 after a warm-up of 2,000
+    steps, cosine to 1e-5."""
+    return c.stage(
+        system="albef",
+        model=dict(image=dict(variant="timm_b16", remat="full"), text=dict(variant="base", cross_layers=6, dropout=0.1, remat="full"), embed=256, temp=0.07,
+                   mean=CLIP_MEAN, std=CLIP_STD, dtype="auto", tokens=dict(vocab=30522, bos=101, eos=102, pad=0, mask=103)),
+        loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=1.0), momentum=0.995, queue=65536, alpha=0.4, alpha_ramp=7_800, group=64, mask_share=0.15),
+        optim=dict(name="adamw", lr=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.02, decay_exclude=(r"(.*/)?(bias|scale)", ".*class_embed"), schedule="cosine", warmup=2000, end_lr=1e-5,
+                   clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
+        data=dict(train="", eval="", batch=512, microbatch=0, size=res, length=25, tokenizer="bert", augment=AUGMENT.format(0.2), eval_augment="squash",
+                  threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
+        evals=dict(retrieval=dict(kind="retrieval", every=0)), steps=234_000, checkpoint=dict(every=2000, keep=3))
+
+
+def base_retrieval(res):
+    """configs/Retrieval_coco.yaml: 384 pixels, batch 256 (32 a GPU), 5 epochs, 1e-5 to 1e-6; texts of one image are positives."""
+    pretrain = base(256)
+    return c.stage(**{**pretrain, **dict(
+        init="@pretrain", loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.995, queue=65536, alpha=0.4, alpha_ramp=2_200, targets="images", group=32),
+        optim=dict(pretrain["optim"], lr=1e-5, end_lr=1e-6, warmup=100),
+        data=dict(pretrain["data"], batch=256, size=res, length=30, augment=AUGMENT.format(0.5)), steps="5epochs")})

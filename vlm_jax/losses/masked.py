@@ -1,0 +1,33 @@
+"""Masked language modelling, with a teacher's distribution beside the truth (BERT; ALBEF, arXiv 2107.07651, sections 3.2-3.3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def mask_tokens(key: jax.Array, ids: jax.Array, eligible: jax.Array, *, vocab: int, mask_id: int, share: float = 0.15) -> tuple[jax.Array, jax.Array]:
+    """BERT's corruption of ids [b, l]: each eligible position is chosen with probability ``share``; of the chosen, 80% become
+    ``mask_id``, 10% one of all ``vocab`` ids, 10% stay. Returns (corrupted ids, chosen bool [b, l])."""
+    pick, how, what = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(pick, share, ids.shape) & eligible
+    kind = jax.random.uniform(how, ids.shape)
+    other = jnp.where(kind < 0.8, mask_id, jnp.where(kind < 0.9, jax.random.randint(what, ids.shape, 0, vocab), ids))
+    return jnp.where(chosen, other, ids), chosen
+
+
+def masked_lm(states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chosen: jax.Array, *, teacher: tuple[jax.Array, jax.Array] | None = None,
+              alpha: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over chosen positions: (loss in nats, positions, hits).
+
+    loss = (1 - alpha) CE(target) + alpha CE(teacher's distribution). states [b, l, d] @ vocabulary [d, V] are the logits; ``teacher`` has
+    its own states and vocabulary. Logits are in float32.
+    """
+    logits = jnp.einsum("bld,dv->blv", states, vocabulary.astype(states.dtype), preferred_element_type=jnp.float32)
+    logp = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    if teacher is not None:
+        taught = jnp.einsum("bld,dv->blv", teacher[0], teacher[1].astype(teacher[0].dtype), preferred_element_type=jnp.float32)
+        soft = -(jax.nn.softmax(jax.lax.stop_gradient(taught)) * logp).sum(-1)
+        nll = (1 - alpha) * nll + alpha * soft
+    return (nll * chosen).sum(), chosen.sum(), ((logits.argmax(-1) == targets) & chosen).sum()
