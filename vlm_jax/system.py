@@ -39,6 +39,11 @@ def drop_key(context: Context, chunk: jax.Array | int) -> jax.Array | None:
     return jax.random.fold_in(context.key("drop"), chunk) if context.train else None
 
 
+def run(model: nn.Module, variables: Variables, method: Any, *args: Any, key: jax.Array | None = None) -> Any:
+    """``model.apply`` of a named method; with ``key`` units are dropped."""
+    return model.apply(variables, *args, method=method, rngs=None if key is None else {"dropout": key})
+
+
 @struct.dataclass
 class Output:
     """What a loss returns beside its scalar."""
