@@ -33,6 +33,10 @@ class Context:
         """A random key of its own for ``name``: two names never share one."""
         return jax.random.fold_in(self.rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
+    def drop(self, name: str) -> jax.Array | None:
+        """The key of dropped units in a pass called ``name``; None outside training: nothing is dropped."""
+        return self.key(name) if self.train else None
+
 
 def drop_key(context: Context, chunk: jax.Array | int) -> jax.Array | None:
     """The key of dropped patches and units for one micro-batch; None outside training: nothing is dropped."""

@@ -176,13 +176,14 @@ def build(config: Any) -> System:
     def contrast(variables: Variables, carry, batch: Batch, context: Context, image_tokens):
         """(ITC, similarities [b, b] to mine negatives by, pairs that are no negatives, metrics, update)."""
         def text_feature(variables, name):
-            return apply(variables, Blip.text_feature, apply(variables, Blip.encode_text, batch["text"], batch["text_mask"], key=dropped(context, name)))
+            states = apply(variables, Blip.encode_text, batch["text"], batch["text_mask"], key=context.drop(name))
+            return apply(variables, Blip.text_feature, states)
 
         image, text, temp = apply(variables, Blip.image_feature, image_tokens), text_feature(variables, "text"), apply(variables, Blip.temperature)
         teacher = lerp(carry["teacher"], shadowed(variables, TEACHER), o["momentum"])
         slow = replaced(variables, teacher)
         slow_image, slow_text = jax.lax.stop_gradient((
-            apply(slow, Blip.image_feature, apply(slow, Blip.encode_image, batch["image"])), text_feature(slow, "teacher")))
+            apply(slow, Blip.image_feature, apply(slow, Blip.encode_image, batch["image"], key=context.drop("teacher_image"))), text_feature(slow, "teacher")))
         alpha = o["alpha"] * jnp.minimum(1.0, context.step / o["alpha_ramp"]) if o["alpha_ramp"] else o["alpha"]
         ids = batch["image_id"] if o["targets"] == "images" else None
         itc, similar = momentum_contrastive(image, text, slow_image, slow_text, carry, temp, alpha, ids=ids, group=o["group"])
@@ -200,20 +201,20 @@ def build(config: Any) -> System:
         pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar["text_to_image"])),
                      batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])))
         grounded = apply(variables, Blip.ground, batch["text"][pair.text], batch["text_mask"][pair.text], image_tokens, pair.image,
-                         key=dropped(context, "ground"))
+                         key=context.drop("ground"))
         return matching(apply(variables, Blip.match, grounded), pair.label, pair.weight)
 
     def write(variables: Variables, batch: Batch, context: Context, image_tokens):
         """(LM in nats a token, accuracy)."""
         prompt = model.prompt if o["prompt"] == "model" else ()
         ids, mask = behind(prompt, batch["text"]), behind((True,) * len(prompt), batch["text_mask"])
-        states = apply(variables, Blip.write, ids, image_tokens, key=dropped(context, "write"))
+        states = apply(variables, Blip.write, ids, image_tokens, key=context.drop("write"))
         counted = mask[:, 1:] & (jnp.arange(ids.shape[1] - 1) >= len(prompt))
         nll, count, hits = captioning(states[:, :-1], apply(variables, Blip.vocabulary), ids[:, 1:], counted, label_smoothing=o["label_smoothing"])
         return nll / jnp.maximum(count, 1), hits / jnp.maximum(count, 1)
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
-        image_tokens = apply(variables, Blip.encode_image, batch["image"])
+        image_tokens = apply(variables, Blip.encode_image, batch["image"], key=context.drop("image"))
         found, metrics, update = {}, {}, ()
         if ITC in terms:
             found[ITC], similar, excluded, metrics, update = contrast(variables, carry, batch, context, image_tokens)
@@ -259,10 +260,6 @@ def build(config: Any) -> System:
                **({"caption_logits": caption_logits} if LM in terms else {})}
     return System(model, init, loss, {**{name: functools.partial(fn, model) for name, fn in predict.items()}, **({"generate": generate} if LM in terms else {})},
                   init_carry, next_carry, {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)}, papers=("2201.12086",))
-
-
-def dropped(context: Context, name: str) -> jax.Array | None:
-    return context.key(name) if context.train else None
 
 
 def behind(prompt: tuple, rows: jax.Array) -> jax.Array:
