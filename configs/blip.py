@@ -32,7 +32,7 @@ def get_config(arg=""):
         pretrain = scenes(args.res or 48)
         tuned = dict(pretrain, model="init", init="@pretrain", optim=dict(pretrain["optim"], lr=5e-4, muon_lr=0.01), steps=200)
         return c.stages(("pretrain",), pretrain=pretrain,
-                        caption=dict(tuned, loss=dict(weights=dict(lm=1.0)), optim=dict(tuned["optim"], clamps=()), evals=only(pretrain, "caption")),
+                        caption=dict(tuned, loss=dict(weights=dict(lm=1.0)), optim=dict(tuned["optim"], groups=(), clamps=()), evals=only(pretrain, "caption")),
                         retrieval=dict(tuned, loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, targets="images", mined_by="student"),
                                        evals=only(pretrain, "retrieval")))
     return c.stages(("pretrain",), pretrain=pretrain_of(args.size, args.res or 224), caption=caption(args.size, args.res or 384),
@@ -51,6 +51,7 @@ def scenes(res):
         loss=dict(weights=dict(itc=1.0, itm=1.0, lm=1.0), queue=1024, alpha=0.4, alpha_ramp=200, negative_epsilon=1e-4, label_smoothing=0.0),
         optim=dict(name="muon", lr=2e-3, muon_lr=0.03, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
                    muon_exclude=(".*/table", ".*/position_embed"), schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
+                   groups=((TEMPERATURE[0], dict(lr=0.02)),),     # a temperature of 0.07 would be gone in 30 of Adam's steps
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=56, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
