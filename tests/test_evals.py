@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax import evals
+from vlm_jax import evals, evaluate
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, prompts, text_metrics
-from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank
+from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank, rerank
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "caption_metrics.json").read_text())
 WORDS = ["<pad>", "<bos>", "<eos>", "a", "red", "blue", "green", "circle", "square", "star", "the", "above", "small"]
@@ -170,6 +170,133 @@ def test_retrieval_pictures_hold_what_they_show():
 def test_cut_captions_are_counted():
     long = [dict(SAMPLES[0], captions=["a red circle above a small blue square"]), SAMPLES[1]]
     assert run("retrieval", long).scores["retrieval/truncated"] == 0.5
+
+
+# re-ranking
+
+def matcher(seen=None, broken=()):
+    """An arbitrary function of the pair, of features alone: token 0 of an image is its first pixel, state 1 of a text its ids."""
+    def features(batch):
+        assert set(batch) in ({"image"}, {"text", "text_mask"})
+        return {"image": batch["image"][:, :1, 0].astype(np.float32)} if "image" in batch else {"text": np.stack([batch["text"]] * 2, 1)}
+
+    def match(batch):
+        assert set(batch) == {"image_features", "text_features", "text", "text_mask"} and len(batch["text"]) == 4
+        assert (batch["text_features"][:, 1] == batch["text"]).all()
+        code = (batch["image_features"][:, 0] @ np.array([1.0, 0.37, 0.59])) * (batch["text"] @ np.arange(1, 9))
+        if seen is not None:
+            seen.append(code)
+        return {"match": np.stack([np.full(4, 1e3), np.where(np.isin(batch["text"][:, 2], broken), np.nan, np.sin(code))], 1)}
+    return {"embed": embed, "features": features, "match": match}
+
+
+def exhaustive(samples=SAMPLES, cosine=0.0):
+    """Both directions' ranks from the matching head on all pairs, one query at a time."""
+    captions = [(i, c) for i, s in enumerate(samples) for c in s["captions"]]
+    code = [np.array(s["vector"]) @ np.array([1.0, 0.37, 0.59]) for s in samples]
+    ids = [Tokenizer()([c], 8)[0][0] @ np.arange(1, 9) for _, c in captions]
+    images = unit(np.array([s["vector"] for s in samples], np.float32))
+    texts = unit(np.array([[c.split().count(w) for w in COLOURS] for _, c in captions], np.float32))
+    s = np.sin(np.outer(code, ids)) + cosine * images @ texts.T
+    return ([1 + sum(s[j, c] >= s[i, c] - 1e-6 for j in range(len(samples)) if j != i) for c, (i, _) in enumerate(captions)],
+            [1 + sum(s[i, c] >= max(s[i, d] for d, (j, _) in enumerate(captions) if j == i) - 1e-6 for c, (j, _) in enumerate(captions) if j != i)
+             for i in range(len(samples))])
+
+
+def ranks_of(out):
+    return [[i["rank"] for i in out.items if i["query"] == query] for query in ("text", "image")]
+
+
+@pytest.mark.parametrize("score, cosine", [("match", 0), ("match+cosine", 1)])
+def test_reranking_all_candidates_equals_exhaustive_matching(score, cosine):
+    seen = []
+    out = run("rerank", predict=matcher(seen), k=100, score=score)
+    wanted = exhaustive(cosine=cosine)
+    assert ranks_of(out) == list(map(list, wanted)) and wanted[0] != brute_ranks(SAMPLES)[0].tolist()
+    for name, ranks, dual in zip(("text_to_image", "image_to_text"), wanted, brute_ranks(SAMPLES)):
+        for k in (1, 5, 10):
+            assert out.scores[f"rerank/{name}/R@{k}"] == pytest.approx((np.array(ranks) <= k).mean())
+            assert out.scores[f"rerank/{name}/R@{k}/dual_encoder"] == pytest.approx((dual <= k).mean())
+            assert out.scores[f"rerank/{name}/R@{k}/chance"] == run("retrieval").scores[f"retrieval/{name}/R@{k}/chance"]
+        assert out.scores[f"rerank/{name}/R@1/ci_low"] <= out.scores[f"rerank/{name}/R@1"] <= out.scores[f"rerank/{name}/R@1/ci_high"]
+        assert out.scores[f"rerank/{name}/reachable"] == 1
+        assert 0 < out.scores[f"rerank/{name}/seconds_per_1000_queries"] and 0 < out.scores[f"rerank/{name}/seconds_per_1000_queries/dual_encoder"]
+    assert out.scores["rerank/pairs"] == 35 and len(seen) == 1 + 9      # 7 texts x 5 images in fours, and one to compile
+    assert run("retrieval").items[0]["rank"] == out.items[0]["dual_encoder"]
+
+
+def test_what_is_not_among_the_candidates_ranks_after_them_by_cosine():
+    out = run("rerank", predict=matcher(), k=1)
+    dual = [r.tolist() for r in brute_ranks(SAMPLES)]
+    assert ranks_of(out) == dual        # the one candidate stays first, the others follow by cosine
+    assert out.scores["rerank/text_to_image/reachable"] == np.mean(np.array(dual[0]) == 1)
+    queries, targets = np.eye(3)[[0]], np.array([[0.9, 0, 0], [0.8, 0, 0], [0.7, 0, 0], [0.6, 0, 0], [0.6, 0, 0]])
+
+    def ranked(right, scores, targets=targets):
+        ranks, near, _ = rank(queries, targets, [right], top=2)
+        return rerank(ranks, [right], 5, near, np.array([scores]))[0]
+    # scores of any size: no candidate falls behind the others
+    assert [ranked(right, [-900.0, -500.0]) for right in ([0], [1], [2], [3], [1, 4], [2, 3], [0, 2])] == [2, 1, 3, 5, 1, 3, 2]
+    assert ranked([0], [np.nan, 1]) == 5 and ranked([0], [1, np.nan]) == 2
+    assert ranked([0, 1], [2.0, 2.0]) == 1 and ranked([1], [2.0, 2.0]) == 2
+    assert ranked([0], [9.0, 1.0], np.ones((5, 3))) == 5      # a candidate by chance alone
+
+
+def test_equal_captions_are_scored_once_and_tie():
+    twins = [dict(SAMPLES[0], captions=["a red circle"]), dict(SAMPLES[3], captions=["a red circle"]), dict(SAMPLES[1], captions=["a blue star"])]
+    wrong, right = (run("rerank", twins, matcher(), duplicates=d, captions="first") for d in ("wrong", "right"))
+    assert wrong.scores["rerank/pairs"] == 6 and wrong.scores["rerank/duplicates"] == pytest.approx(2 / 3)
+    assert min(ranks_of(wrong)[1][:2]) >= 2 and ranks_of(right)[1][0] == ranks_of(wrong)[1][0] - 1
+
+
+def test_rerank_says_what_it_needs():
+    with pytest.raises(ConfigError, match="'rerank' needs predict function 'features'"):
+        run("rerank")
+    with pytest.raises(ConfigError, match="score='macth'.*nearest: 'match'"):
+        run("rerank", predict=matcher(), score="macth")
+    with pytest.raises(ConfigError, match="k=0.*nearest: 1"):
+        run("rerank", predict=matcher(), k=0)
+    broken = run("rerank", predict=matcher(broken=(WORDS.index("blue"),)))
+    assert [i["rank"] for i in broken.items if i.get("caption") == "a blue square"] == [5]
+
+
+@pytest.mark.parametrize("flag, kind, nearest", [
+    ("--k=3", "retrieval", "rerank"), ("--score=match", "matching", "rerank"), ("--templates=photo", "rerank", "zeroshot")])
+def test_a_flag_of_another_kind_is_refused(flag, kind, nearest, capsys):
+    assert evaluate.main(["nowhere", kind, "--data=scenes:test", flag]) == 43
+    assert f"{flag} has no use in {kind!r}; nearest: {nearest!r}" in capsys.readouterr().err
+
+
+# matching
+
+class Swaps:
+    name = "swaps"
+
+    def swaps(self, index):
+        return {0: {"colour": ("a red circle", "a blue circle"), "shape": ("a red circle above a blue star", "a red star above a blue circle")},
+                1: {"colour": ("a blue square", "a red square")}, 2: {"shape": ("a green star", "a green circle")}}.get(index, {})
+
+
+def test_matching_prefers_the_true_caption():
+    def match(batch):       # likes circles
+        return {"match": np.stack([np.zeros(4), (batch["text"] == WORDS.index("circle")).argmax(1)], 1)}
+    out = run("matching", predict={**matcher(), "match": match}, source=Swaps())
+    s = out.scores
+    assert s["matching/pairs"] == 4 and s["matching/images"] == 3
+    assert s["matching/cosine"] == 0.5 and s["matching/cosine/colour"] == 1 and s["matching/cosine/shape"] == 0      # ties are wrong
+    assert s["matching/match"] == 0 and s["matching/match/chance"] == s["matching/match/shape/chance"] == 0.5
+    assert s["matching/match/ci_low"] <= s["matching/match"] <= s["matching/match/ci_high"]
+    assert out.items[3] == {"key": "k2", "swap": "shape", "true": "a green star", "false": "a green circle", "match_margin": -3.0,
+                            "cosine_margin": 0.0}
+    alone = run("matching", source=Swaps())       # no matching head
+    assert "matching/match" not in alone.scores and alone.scores["matching/cosine/colour"] == 1
+
+
+def test_matching_needs_a_source_that_tells_false_captions():
+    with pytest.raises(ConfigError, match="source None tells no false captions"):
+        run("matching")
+    with pytest.raises(ConfigError, match="none of the 1 images"):
+        run("matching", SAMPLES[4:], source=type("None", (), {"swaps": lambda self, i: {}})())
 
 
 # zero-shot

@@ -26,7 +26,7 @@ def command(workdir, *args, system="clip"):
 
 
 def environment():
-    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"), "PYTHONPATH": str(ROOT)}
 
 
 def start(workdir, *args, **kwargs):

@@ -65,7 +65,7 @@ def test_held_out_tables_are_the_promised_sizes_and_leave_every_word_seen():
     assert len(HELD_OUT_PAIRS) == 6 and len(HELD_OUT_TRIPLES) == 11
     assert not {triple[:2] for triple in HELD_OUT_TRIPLES} & HELD_OUT_PAIRS
     seen = {thing.kind for i in range(3000) for thing in make_scene(i, "train").objects}
-    assert seen == set(scene._SEEN) and len(seen) == (144 - 18 - 11) * 2
+    assert seen == set(scene.SEEN) and len(seen) == (144 - 18 - 11) * 2
 
 
 def test_no_evaluated_set_of_objects_is_trained_on():
@@ -145,6 +145,41 @@ def test_mirrored_relations_are_false():
         for text in wordings(turned, 3):
             verdict = judge(one, text)
             assert verdict["attributes"] and not verdict["relations"] and not verdict["exact"], text
+
+
+def test_swaps_are_false_in_the_same_words_and_show_nothing_held_out():
+    found = dict.fromkeys(scene_text.SWAPS, 0)
+    for one in SOME[::3]:
+        shown = scene_text._unseen(one)
+        for kind, (true, false) in scene_text.swaps(one).items():
+            found[kind] += 1
+            assert true == canonical(one) and judge(one, true)["exact"] and true != false
+            verdict = judge(one, false)
+            assert verdict["understood"] and not verdict["exact"] and verdict["shapes"] and verdict["colours"]
+            counts = [sorted(word for word in text.split() if word not in ("a", "an")) for text in (true, false)]
+            if kind == "relation":      # the places may have other names, the objects are the same
+                assert verdict["attributes"] and not verdict["relations"]
+            else:
+                assert counts[0] == counts[1]
+            assert {(o["shape"], o["colour"]) for o in parse(false).objects} & HELD_OUT_PAIRS <= shown
+    assert min(found.values()) > 100
+    assert not scene_text.swaps(next(s for s in SOME if len(s.objects) == 1))
+
+
+def test_noisy_captions_are_false_as_often_as_said_and_the_field_says_which():
+    noisy, clean = scenes.open_scenes("noisy"), scenes.open_scenes("train")
+    samples = [noisy[i] for i in range(600)]
+    kinds = [s["json"]["noise"] for s in samples]
+    assert 0.26 < np.mean([k != "" for k in kinds]) < 0.34 and 0.4 < kinds.count("lie") / (kinds.count("lie") + kinds.count("other")) < 0.6
+    for i, sample in enumerate(samples):
+        text, = sample["text"]
+        assert noisy.judge(i, text)["exact"] == (sample["json"]["noise"] == "") and noisy.judge(i, text)["understood"]
+        assert sample["key"] == clean.key(i) and (sample["json"]["noise"] or sample["text"] == clean[i]["text"])
+        assert not {(o["shape"], o["colour"]) for o in parse(text).objects} & HELD_OUT_PAIRS
+    np.testing.assert_array_equal(samples[7]["image"], clean[7]["image"])
+    assert scenes.open_scenes("noisy")[599]["text"] == samples[599]["text"] and "noise" not in clean[7]["json"]
+    assert noisy.name == "scenes:noisy" and noisy.fingerprint() != clean.fingerprint()
+    assert len(scenes.open_scenes("val", noise=0.5)[0]["text"]) == 1
 
 
 @pytest.mark.parametrize("text", [
@@ -297,7 +332,8 @@ def test_source(split):
 
 @pytest.mark.parametrize("options, named", [
     (dict(split="tset"), "test"), (dict(split="test", size=8), "size 8"), (dict(split="test", count=0), "count 0"),
-    (dict(split="test", canonical_share=2), "canonical_share 2"), (dict(split="test", views=("box",)), "boxes")])
+    (dict(split="test", canonical_share=2), "canonical_share 2"),
+    (dict(split="test", noise=1), "noise 1"), (dict(split="noise"), "nearest: 'noisy'"), (dict(split="test", views=("box",)), "boxes")])
 def test_errors_name_the_field(options, named):
     with pytest.raises(ValueError, match=named):
         scenes.open_scenes(**options)

@@ -40,5 +40,6 @@ def get_config(arg=""):
     stage.data.prefetch = 2
     stage.checkpoint.every = 2
     stage.log.every = 1
-    stage.evals = dict(retrieval=dict(kind="retrieval", examples=16, batch=8, every=0))
+    stage.evals = dict(retrieval=dict(kind="retrieval", examples=16, batch=8, every=0,
+                                      options=dict(queries=2, shown=3)))     # drawing takes longer than the steps
     return whole

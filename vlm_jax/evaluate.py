@@ -3,6 +3,8 @@
 python -m vlm_jax.evaluate DIR zeroshot --data=folder:TEST [--templates=clip80]
 python -m vlm_jax.evaluate DIR probe    --data=folder:TEST --train=folder:TRAIN
 python -m vlm_jax.evaluate DIR retrieval --data=tars:val.tar
+python -m vlm_jax.evaluate DIR rerank   --data=tars:val.tar [--k=128 --score=match+cosine]
+python -m vlm_jax.evaluate DIR matching --data=scenes:test
 python -m vlm_jax.evaluate DIR caption  --data=folder:TEST
 
 Prints each score with chance and a 95% interval; --out=DIR keeps them, and every item's prediction.
@@ -19,12 +21,14 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 
+OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank"}      # flags that one kind has
+
 
 def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
              **options: Any) -> Any:
     """Runs one evaluation of a loaded model (``vlm_jax.load``) over a source: an ``evals.Evaluation`` with scores and items.
 
-    kind: "zeroshot", "probe", "retrieval" or "caption"; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe;
+    kind: of ``evals.KINDS``; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe;
     options: the kind's own, such as ``templates``. Raises ConfigError.
     """
     from vlm_jax import config as configs
@@ -53,12 +57,14 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "caption"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
     parser.add_argument("--train", default="", help="probe: what to fit on")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")
     parser.add_argument("--caption", default="", help="the caption's field, such as txt or json:title")
     parser.add_argument("--templates", default="", help="zeroshot: prompt templates by name (vlm_jax/evals/prompts.py), photo by default")
+    parser.add_argument("--k", type=int, default=0, help="rerank: candidates of a query, 128 by default")
+    parser.add_argument("--score", default="", help="rerank: match (default) or match+cosine")
     parser.add_argument("--examples", type=int, default=0, help="score the first so many samples (default: all)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", default="", help="directory for scores.json and predictions.jsonl")
@@ -67,9 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         from vlm_jax import evals
         from vlm_jax.console import Console
         from vlm_jax.loading import load
-        if args.templates and args.kind != "zeroshot":
-            raise ConfigError(f"--templates={args.templates} has no use in {args.kind!r}; nearest: 'zeroshot'")
-        options = {"templates": args.templates} if args.templates else {}
+        options = {}
+        for name, kind in OPTIONS.items():
+            value = getattr(args, name)
+            if value and args.kind != kind:
+                raise ConfigError(f"--{name}={value} has no use in {args.kind!r}; nearest: {kind!r}")
+            options |= {name: value} if value else {}
         found = evaluate(load(args.directory), args.kind, args.data, train=args.train, examples=args.examples, batch=args.batch,
                          label=args.label, caption=args.caption, **options)
         Console().scores(found.scores)

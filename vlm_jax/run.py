@@ -207,8 +207,9 @@ class StageRun:
             start = self.newest(keeper)
             if eval_only:
                 return self.evaluate_only(start, self.restored(keeper, start, tx) if start is not None else None)
+            data = self.read_data()      # a bad source stops the run before anything is drawn or compiled
             state = self.fresh(tx) if start is None else self.restored(keeper, start, tx)
-            state, step, stop = self.train(state, start or 0, keeper, tx, learning_rate)
+            state, step, stop = self.train(data, state, start or 0, keeper, tx, learning_rate)
             if step < self.total:
                 self.console.say(f"stopped by signal {stop}: saved at step {step} of {self.total}; the same command resumes")
                 return EXIT_PREEMPTED
@@ -254,17 +255,22 @@ class StageRun:
 
     # ---- training
 
-    def train(self, state: TrainState, start: int, keeper: checkpoint.Checkpointer, tx: Any, learning_rate: Any) -> tuple[TrainState, int, int | None]:
-        """Runs the loop from ``start``; returns the state, the step reached and the signal that stopped it."""
-        stage, folder = self.stage, self.folder
-        # data first: a bad source stops the run before compiling
+    def read_data(self) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """(training source, an example of it, fingerprints of all data). Raises ConfigError, BadDataError."""
+        stage = self.stage
         source = stage.open(stage.data.train)
-        data = {"train": fingerprint.describe(stage.data.train, source)}
+        told = {"train": fingerprint.describe(stage.data.train, source)}
         for name, setting in self.evals.items():
             which = setting.data or stage.data.eval
-            data[f"evals.{name}"] = fingerprint.describe(which, stage.open(which))
+            told[f"evals.{name}"] = fingerprint.describe(which, stage.open(which))
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
                                length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
+        return source, example, told
+
+    def train(self, data: tuple[Any, Mapping[str, Any], Mapping[str, Any]], state: TrainState, start: int, keeper: checkpoint.Checkpointer, tx: Any,
+              learning_rate: Any) -> tuple[TrainState, int, int | None]:
+        """Runs the loop from ``start``; returns the state, the step reached and the signal that stopped it."""
+        stage, folder, (source, example, told) = self.stage, self.folder, data
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
@@ -272,7 +278,7 @@ class StageRun:
                     whole.save(0, {"frozen": state.frozen})
         batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl")
         (folder / "config.json").write_text(configs.to_json(stage.config))
-        record = self.record_start(start, data)
+        record = self.record_start(start, told)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
@@ -307,7 +313,7 @@ class StageRun:
             with loop.StopRequest() as stop, self.console.bar(stage.name, start, self.total) as progress:
                 state, step = loop.fit(
                     state, step_fn, batches, place=lambda b: partitioning.place(b, self.mesh), start=start, total=self.total,
-                    batch_size=stage.data.batch, log=log, log_every=self.logging.every, learning_rate=learning_rate,
+                    batch_size=stage.data.batch, log=log, log_every=self.logging.every, learning_rate=jax.jit(learning_rate),
                     save=save, save_every=self.save_every, evaluate=evaluate_now, evaluate_at=lambda s: s == self.total or bool(self.due(s)),
                     on_bad=on_bad, max_bad_steps=self.optim.max_bad_steps, stop=stop, progress=progress)
                 keeper.wait()

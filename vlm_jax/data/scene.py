@@ -122,7 +122,7 @@ def _relation(dx: float, dy: float) -> str:
     return "above" if dy < 0 else "below"
 
 
-_STREAMS = ("scene", "picture", "caption", "questions")
+_STREAMS = ("scene", "picture", "caption", "questions", "swaps", "noise")
 
 
 def stream(split: str, index: int, purpose: str, seed: int = 0) -> random.Random:
@@ -196,7 +196,7 @@ def _places(rng: random.Random, radii: Sequence[float]) -> list[tuple[float, flo
 _ALL = tuple(Kind(*kind) for kind in itertools.product(SHAPES, COLOURS, FILLS, SIZES))
 _PAIR = tuple(k for k in _ALL if k[:2] in HELD_OUT_PAIRS)
 _TRIPLE = tuple(k for k in _ALL if k[:3] in HELD_OUT_TRIPLES)
-_SEEN = tuple(k for k in _ALL if k[:2] not in HELD_OUT_PAIRS and k[:3] not in HELD_OUT_TRIPLES)
+SEEN = tuple(k for k in _ALL if k[:2] not in HELD_OUT_PAIRS and k[:3] not in HELD_OUT_TRIPLES)
 _OWN = {"test": 0, "val": 1}  # the rank's last digit; training has the other eight
 _STEP = 2_654_435_761  # a prime longer than any list of ranks: stepping by it visits each rank once
 
@@ -204,23 +204,23 @@ _STEP = 2_654_435_761  # a prime longer than any list of ranks: stepping by it v
 def _kinds(index: int, split: str, rng: random.Random) -> list[Kind]:
     if split == "objects":
         colour, shape = CLASSES[index % len(CLASSES)].split()
-        return [pick(rng, [k for k in _SEEN if k[:2] == (shape, colour)])]
+        return [pick(rng, [k for k in SEEN if k[:2] == (shape, colour)])]
     if split == "train":
         draw = rng.random()
         count = 1 if draw < 0.1 else 2 if draw < 0.55 else 3
         if count == 1:
-            return [pick(rng, _SEEN)]
-        tens = math.comb(len(_SEEN), count) // 10
+            return [pick(rng, SEEN)]
+        tens = math.comb(len(SEEN), count) // 10
         rank = 10 * int(rng.random() * tens) + 2 + int(rng.random() * 8)
-        return [_SEEN[i] for i in _subset(rank, count)]
+        return [SEEN[i] for i in _subset(rank, count)]
     count, turn = 2 + index % 2, index // 2
     if split in _OWN:
-        tens = math.comb(len(_SEEN), count) // 10
+        tens = math.comb(len(SEEN), count) // 10
         rank = 10 * (turn * _STEP % tens) + _OWN[split]
-        return [_SEEN[i] for i in _subset(rank, count)]
+        return [SEEN[i] for i in _subset(rank, count)]
     held = _PAIR if split == "heldout_pair" else _TRIPLE
-    rank = turn * _STEP % (len(held) * math.comb(len(_SEEN), count - 1))
-    return [held[rank % len(held)], *(_SEEN[i] for i in _subset(rank // len(held), count - 1))]
+    rank = turn * _STEP % (len(held) * math.comb(len(SEEN), count - 1))
+    return [held[rank % len(held)], *(SEEN[i] for i in _subset(rank // len(held), count - 1))]
 
 
 def _subset(rank: int, count: int) -> list[int]:
@@ -235,4 +235,4 @@ def _subset(rank: int, count: int) -> list[int]:
 
 @functools.cache
 def _binomials(size: int) -> tuple[int, ...]:
-    return tuple(math.comb(n, size) for n in range(len(_SEEN)))
+    return tuple(math.comb(n, size) for n in range(len(SEEN)))

@@ -11,7 +11,7 @@ colours, so that a writer has to see a shape without leaning on its colour. The 
 mentioned; questions ask for it. No caption is longer than ``LONGEST`` words and commas.
 
 `parse` reads any mixture of these wordings back, and says when it could not; `judge` compares what
-it read with the scene.
+it read with the scene. `swaps` and `lie` write what is false of it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from vlm_jax.data.scene import (
     COLOURS,
     FILLS,
     HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
     MATERIALS,
     OPPOSITE,
+    SEEN,
     SHAPES,
     SIZES,
     Scene,
@@ -314,6 +316,58 @@ def _agreement(scene: Scene, facts: Facts, order: Sequence[int]) -> tuple[bool, 
     placed = (len(stated) >= len(order) - 1
               and all(scene.relation(order[a], order[b]) == place for a, place, b in stated))
     return named, described, placed
+
+
+# ---- writing what is false
+
+ATTRIBUTES = ("colour", "shape", "size", "fill")
+SWAPS = (*ATTRIBUTES, "relation")
+
+
+def swaps(scene: Scene) -> dict[str, tuple[str, str]]:
+    """For each kind of ``SWAPS`` that the scene allows, its canonical caption and a false one in the same words.
+
+    Two objects have exchanged this attribute, or ("relation") their places. The false caption is one of the scene with the exchange,
+    judged false of the scene itself; it names no held-out combination that the scene does not show. Pure; the two
+    objects are drawn.
+    """
+    rng, true, found = stream(scene.split, scene.index, "swaps"), canonical(scene), {}
+    pairs = shuffled(rng, list(itertools.combinations(range(len(scene.objects)), 2)))
+    for kind in SWAPS:
+        for a, b in pairs:
+            other = _exchanged(scene, a, b, ("x", "y") if kind == "relation" else (kind,))
+            false = canonical(other)
+            if _unseen(other) <= _unseen(scene) and is_false(scene, false):
+                found[kind] = (true, false)
+                break
+    return found
+
+
+def lie(scene: Scene, rng, canonical_share: float = 0.5) -> str:
+    """A fluent caption that is false: one object has become another kind of thing, of a shape and colour that were seen together."""
+    objects = list(scene.objects)
+    at = int(rng.random() * len(objects))
+    other = pick(rng, [kind for kind in SEEN if kind[:2] != objects[at].kind[:2]])
+    objects[at] = dataclasses.replace(objects[at], **other._asdict())
+    return caption(dataclasses.replace(scene, objects=tuple(objects)), canonical_share=canonical_share)
+
+
+def is_false(scene: Scene, text: str) -> bool:
+    """A full description that reads well and is not true: of this scene something is said that does not hold."""
+    verdict = judge(scene, text)
+    return verdict["understood"] and not verdict["exact"]
+
+
+def _exchanged(scene: Scene, a: int, b: int, fields: Sequence[str]) -> Scene:
+    objects = list(scene.objects)
+    for i, other in ((a, objects[b]), (b, objects[a])):
+        objects[i] = dataclasses.replace(objects[i], **{field: getattr(other, field) for field in fields})
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def _unseen(scene: Scene) -> set[tuple[str, ...]]:
+    """The held-out combinations that a scene shows."""
+    return {k for t in scene.objects for k in ((t.shape, t.colour), (t.shape, t.colour, t.fill)) if k in HELD_OUT_PAIRS or k in HELD_OUT_TRIPLES}
 
 
 # ---- questions

@@ -1,6 +1,6 @@
 """The embedded data set ``scenes``: procedural pictures with captions, questions and boxes, by index.
 
-    source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects
+    source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects, noisy
     source[0]                          # {"key", "image" [64, 64, 3], "text": [caption], "json": ...}
 
 The description of a scene is in `scene`, its picture in `scene_picture`, its words in `scene_text`.
@@ -31,6 +31,7 @@ from vlm_jax.data.scene import (
     Thing,
     class_of,
     make_scene,
+    stream,
 )
 from vlm_jax.data.scene_picture import boxes, render, render_batch
 from vlm_jax.data.scene_text import (
@@ -39,28 +40,32 @@ from vlm_jax.data.scene_text import (
     Question,
     canonical,
     caption,
+    is_false,
     judge,
+    lie,
     parse,
     questions,
+    swaps,
 )
 from vlm_jax.errors import nearest
 
 __all__ = ["CLASSES", "RELATIONS", "SPLITS", "Facts", "Question", "Scene", "Scenes", "Thing", "TOKENIZER", "VIEWS",
            "boxes", "canonical", "caption", "judge", "make_scene", "open_scenes", "parse", "questions", "render",
-           "render_batch", "train_tokenizer", "vocabulary"]
+           "render_batch", "swaps", "train_tokenizer", "vocabulary"]
 
 TOKENIZER = pathlib.Path(__file__).parent / "assets" / "scenes.model"
 LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "heldout_pair": 1000, "heldout_triple": 1000,
            "objects": 1050}
 VIEWS = ("boxes", "questions")
+NOISY, NOISE = "noisy", 0.3     # the training scenes with that share of false captions, as alt texts of the web have them
 
 
 class Scenes:
     """Random access to the samples of one split; see `open_scenes`."""
 
-    def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str]):
-        self.split, self.size, self.count = split, size, count
-        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{split}"
+    def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str], noise: float):
+        self.split, self.size, self.count, self.noise = split, size, count, noise
+        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{NOISY if noise else split}"
         if split == "objects":
             self.classes = list(CLASSES)
 
@@ -75,22 +80,37 @@ class Scenes:
     def fingerprint(self) -> str:
         """Of what the generator puts into some scenes and says of them: the same on every machine."""
         drawn = [[_facts(thing) for thing in self.scene(i).objects] for i in spread(len(self))]
-        said = [caption(self.scene(i), canonical_share=self.canonical_share) for i in spread(len(self))]
+        said = [self.caption(i, self.scene(i))[0] for i in spread(len(self))]
         return digest(self.split, self.size, self.count, drawn, said)
 
     def key(self, i: int) -> str:
         return f"{self.split}/{i:08d}"
 
+    def caption(self, i: int, scene: Scene) -> tuple[str, str]:
+        """(the sample's one caption, what is wrong with it: "" nothing, "other" it is of another scene, "lie")."""
+        rng = stream(self.split, i, "noise")
+        if rng.random() >= self.noise:
+            return caption(scene, canonical_share=self.canonical_share), ""
+        if rng.random() < 0.5:
+            return lie(scene, rng, self.canonical_share), "lie"
+        while True:
+            text = caption(make_scene(int(rng.random() * LENGTHS[self.split]), self.split), canonical_share=self.canonical_share)
+            if is_false(scene, text):
+                return text, "other"
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene = self.scene(i)
         sample: dict[str, Any] = {"key": self.key(i), "image": render(scene, self.size)}
-        if self.split == "train":
-            sample["text"] = [caption(scene, canonical_share=self.canonical_share)]
+        sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
+        if self.split == "train" or self.noise:
+            text, wrong = self.caption(i, scene)
+            sample["text"] = [text]
+            if self.noise:
+                sample["json"]["noise"] = wrong
         else:
             sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)]
         if self.split == "objects":
             sample["label"] = class_of(scene)
-        sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
         if "boxes" in self.views:
             sample["json"]["boxes"] = boxes(scene, self.size).tolist()
         if "questions" in self.views:
@@ -104,6 +124,10 @@ class Scenes:
         """What caption `text` gets right of sample `i`; see `scene_text.judge`."""
         return judge(self.scene(i), text)
 
+    def swaps(self, i: int) -> dict[str, tuple[str, str]]:
+        """For each kind of exchange between two objects of sample `i`: a true caption and a false one; see `scene_text.swaps`."""
+        return swaps(self.scene(i))
+
 
 def _facts(thing: Thing) -> dict[str, Any]:
     return {"shape": thing.shape, "colour": thing.colour, "fill": thing.fill, "size": thing.size,
@@ -111,18 +135,24 @@ def _facts(thing: Thing) -> dict[str, Any]:
 
 
 def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_share: float = 0.5,
-                views: Sequence[str] = ()) -> Scenes:
+                views: Sequence[str] = (), noise: float = 0.0) -> Scenes:
     """A split of the data set as a source of samples.
 
     A sample has key; image, uint8 [size, size, 3]; text; json (`objects`, and each of `views`: "boxes" in
     pixels, "questions"). In "train", text is one caption, canonical with probability `canonical_share`; in the
     other splits it is a free wording and then the canonical one. "objects" adds label, and the source has
-    `classes`. `judge(i, text)` checks a caption.
+    `classes`. `judge(i, text)` checks a caption, `swaps(i)` has false ones.
+
+    With `noise` a sample has one caption, and that share of them is false: of another scene, or a fluent lie, half each, by the
+    index. json then says which (`noise`: "", "other", "lie"), for those who score a filter: batches do not carry it.
+    "noisy" is "train" with a noise of 0.3.
 
     Raises ValueError for an unknown split or view, and for a size, count or share out of range.
     """
+    if split == NOISY:
+        split, noise = "train", noise or NOISE
     if split not in SPLITS:
-        raise ValueError(f"scenes split {split!r} is not known{nearest(split, SPLITS)}")
+        raise ValueError(f"scenes split {split!r} is not known{nearest(split, (*SPLITS, NOISY))}")
     for view in views:
         if view not in VIEWS:
             raise ValueError(f"scenes views: {view!r} is not known{nearest(view, VIEWS)}")
@@ -133,7 +163,9 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
         raise ValueError(f"scenes count {count}: must be 1 or more")
     if not 0 <= canonical_share <= 1:
         raise ValueError(f"scenes canonical_share {canonical_share}: must be from 0 to 1")
-    return Scenes(split, size, count, canonical_share, views)
+    if not 0 <= noise < 1:
+        raise ValueError(f"scenes noise {noise}: must be from 0 to below 1")
+    return Scenes(split, size, count, canonical_share, views, noise)
 
 
 # ---- the tokenizer

@@ -1,9 +1,9 @@
-"""Walking over evaluation batches: real rows, thumbnails, and embeddings in fixed shapes."""
+"""Walking over evaluation batches: real rows, thumbnails, embeddings and features in fixed shapes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,43 +42,52 @@ def thumbnail(image: np.ndarray, side: int = THUMBNAIL) -> np.ndarray:
 
 @dataclasses.dataclass
 class Images:
-    """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape."""
+    """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
+    tokens [n,m,w]: image tokens, where they were asked for."""
     embeds: np.ndarray
     meta: list[dict[str, Any]]
     thumbnails: list[np.ndarray]
     rows: int
     length: int
+    tokens: np.ndarray | None = None
 
 
-def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]]) -> Images:
-    """Runs ``embed`` over the images of all batches; raises ConfigError when there are none."""
-    embeds, meta, thumbnails, rows, length = [], [], [], 0, 0
+def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]], features: Callable | None = None) -> Images:
+    """Runs ``embed``, and ``features``, over the images of all batches; raises ConfigError when there are none."""
+    embeds, tokens, meta, thumbnails, rows, length = [], [], [], [], 0, 0
     for batch in batches:
-        found = np.asarray(embed({"image": batch["image"]})["image_embed"], np.float32)
         keep = real_rows(batch)
-        embeds.append(found[[row for row, _ in keep]])
+        real = [row for row, _ in keep]
+        embeds.append(np.asarray(embed({"image": batch["image"]})["image_embed"], np.float32)[real])
+        if features:
+            tokens.append(np.asarray(features({"image": batch["image"]})["image"])[real])
         meta += [m for _, m in keep]
         thumbnails += [thumbnail(batch["image"][row]) for row, _ in keep[:max(0, GALLERY - len(thumbnails))]]
         rows = max(rows, len(batch["image"]))
         length = length or (batch["text"].shape[1] if "text" in batch else 0)
     if not meta:
         raise ConfigError("the evaluation source has no samples; nearest: a source of length 1 or more")
-    return Images(np.concatenate(embeds), meta, thumbnails, rows, length)
+    return Images(np.concatenate(embeds), meta, thumbnails, rows, length, np.concatenate(tokens) if features else None)
+
+
+def text_batches(texts: Sequence[str], tokenizer: Callable, length: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
+    """(batch of exactly ``rows`` texts, how many of them are real, how many were cut to ``length`` ids)."""
+    if length < 1:
+        raise ConfigError("text_length=0: the batches carry no text to take the length from; nearest: the "
+                          "length that the system was trained with")
+    for start in range(0, len(texts), rows):
+        part = list(texts[start:start + rows])
+        ids, mask, cut = tokenizer(part, length)
+        fill = ((0, rows - len(part)), (0, 0))
+        # Filling with the last row keeps one compiled shape and never feeds an empty text.
+        yield {"text": np.pad(ids, fill, mode="edge"), "text_mask": np.pad(mask, fill, mode="edge")}, len(part), int(cut)
 
 
 def embed_texts(embed: Callable, texts: Sequence[str], tokenizer: Callable, length: int, rows: int
                 ) -> tuple[np.ndarray, int]:
     """float32 [n,e] embeddings in batches of exactly ``rows``, and how many texts were cut to ``length`` ids."""
-    if length < 1:
-        raise ConfigError("text_length=0: the batches carry no text to take the length from; nearest: the "
-                          "length that the system was trained with")
     embeds, cut = [], 0
-    for start in range(0, len(texts), rows):
-        part = list(texts[start:start + rows])
-        ids, mask, truncated = tokenizer(part, length)
-        fill = ((0, rows - len(part)), (0, 0))
-        # Filling with the last row keeps one compiled shape and never feeds an empty text.
-        found = embed({"text": np.pad(ids, fill, mode="edge"), "text_mask": np.pad(mask, fill, mode="edge")})
-        embeds.append(np.asarray(found["text_embed"], np.float32)[:len(part)])
-        cut += int(truncated)
+    for batch, real, truncated in text_batches(texts, tokenizer, length, rows):
+        embeds.append(np.asarray(embed(batch)["text_embed"], np.float32)[:real])
+        cut += truncated
     return np.concatenate(embeds), cut

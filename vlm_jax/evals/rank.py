@@ -44,6 +44,22 @@ def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]
     return ranks, best, similar
 
 
+def rerank(ranks: np.ndarray, right: Sequence[Sequence[int]], total: int, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Ranks int [q] after each query's k best targets of ``total`` were put in another order, and all others left where they were.
+
+    Args:
+        ranks, candidates: what ``rank`` returned, with top=k. right: as there.
+        scores: float [q,k], of the candidates. Ties and not-a-number count against the query, as there.
+    """
+    within = ranks <= candidates.shape[1]
+    sizes = np.array([len(r) for r in right])
+    rows, columns = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.asarray(r) for r in right])
+    mine = np.isin(np.arange(len(sizes))[:, None] * total + candidates, rows * total + columns)
+    best = np.where(mine, scores, -np.inf).max(axis=1)
+    ahead = (~mine & ~(scores < best[:, None] - TIE)).sum(axis=1)
+    return np.where(within, 1 + np.where(np.isnan(best), total - sizes, ahead), ranks)
+
+
 def chance_within(k: int, total: int, sizes: np.ndarray) -> float:
     """Probability that a random order puts one of a query's right targets among the first k; mean over
     queries with ``sizes`` [q] right targets of ``total``."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import Images, embed_images, embed_texts, needs
 from vlm_jax.evals.evaluation import Evaluation
+from vlm_jax.evals.pairs import pair_up
 from vlm_jax.evals.rank import (
     chance_mean,
     chance_median,
@@ -21,8 +20,6 @@ from vlm_jax.evals.rank import (
 )
 
 KS = (1, 5, 10)
-DUPLICATES = ("wrong", "right")
-CAPTIONS = ("all", "first")
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
@@ -50,47 +47,19 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         ``retrieval/{images,captions,duplicates,truncated}``.
     """
     embed = needs(predict, "embed", "retrieval")
-    if duplicates not in DUPLICATES:
-        raise ConfigError(f"retrieval duplicates={duplicates!r} is not known{nearest(duplicates, DUPLICATES)}")
-    if captions not in CAPTIONS:
-        raise ConfigError(f"retrieval captions={captions!r} is not known{nearest(captions, CAPTIONS)}")
     images = embed_images(embed, batches)
-    own = [list(m.get("captions") or ())[:1 if captions == "first" else None] for m in images.meta]
-    captions = [c for mine in own for c in mine]
-    owner = np.array([i for i, mine in enumerate(own) for _ in mine], np.int64)
-    missing = np.setdiff1d(np.arange(len(images.meta)), owner)
-    if len(missing):
-        raise ConfigError(f"retrieval needs captions; sample {images.meta[missing[0]].get('key')!r} has none "
-                          f"({len(missing)} of {len(images.meta)} such samples)")
-    texts = list(dict.fromkeys(captions))
-    number = {t: i for i, t in enumerate(texts)}
-    text = np.array([number[c] for c in captions])
-    found, cut = embed_texts(embed, [prompt.replace("{}", t) for t in texts], tokenizer,
+    pairs = pair_up(images.meta, captions, duplicates, "retrieval")
+    captions, owner = pairs.captions, pairs.owner
+    found, cut = embed_texts(embed, [prompt.replace("{}", t) for t in pairs.texts], tokenizer,
                              text_length or images.length, images.rows)
-    text_embeds = found[text]
+    text_embeds = found[pairs.text]
 
-    have_text, says = collections.defaultdict(set), [set() for _ in images.meta]   # text -> images, image -> texts
-    for t, i in zip(text.tolist(), owner.tolist()):
-        have_text[t].add(i)
-        says[i].add(t)
-    shared = np.array([len(have_text[t]) > 1 for t in text.tolist()])
-    if duplicates == "right":
-        entries = collections.defaultdict(list)             # text -> captions that say it
-        for c, t in enumerate(text.tolist()):
-            entries[t].append(c)
-        right_images = [sorted(have_text[t]) for t in text.tolist()]
-        right_captions = [sorted(c for t in mine for c in entries[t]) for mine in says]
-    else:
-        right_images = owner[:, None]
-        starts = np.searchsorted(owner, np.arange(len(images.meta) + 1))
-        right_captions = [range(a, b) for a, b in zip(starts[:-1], starts[1:])]
-
-    to_image, near_images, near_scores = rank(text_embeds, images.embeds, right_images)
-    to_text, near_texts, _ = rank(images.embeds, text_embeds, right_captions)
+    to_image, near_images, _ = rank(text_embeds, images.embeds, pairs.right_images)
+    to_text, near_texts, _ = rank(images.embeds, text_embeds, pairs.right_captions)
     scores = {"retrieval/images": float(len(images.meta)), "retrieval/captions": float(len(captions)),
-              "retrieval/duplicates": float(shared.mean()), "retrieval/truncated": cut / len(texts)}
-    scores |= _direction("retrieval/text_to_image", to_image, len(images.meta), [len(r) for r in right_images], owner)
-    scores |= _direction("retrieval/image_to_text", to_text, len(captions), [len(r) for r in right_captions],
+              "retrieval/duplicates": float(pairs.shared.mean()), "retrieval/truncated": cut / len(pairs.texts)}
+    scores |= _direction("retrieval/text_to_image", to_image, len(images.meta), [len(r) for r in pairs.right_images], owner)
+    scores |= _direction("retrieval/image_to_text", to_text, len(captions), [len(r) for r in pairs.right_captions],
                          np.arange(len(images.meta)))
 
     keys = [str(m.get("key", i)) for i, m in enumerate(images.meta)]
@@ -98,16 +67,21 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
               "top": [keys[i] for i in near_images[c]]} for c in range(len(captions))]
     items += [{"query": "image", "key": keys[i], "rank": int(to_text[i]),
                "top": [captions[c] for c in near_texts[i]]} for i in range(len(images.meta))]
-    return Evaluation(scores, items, _pictures(images, captions, owner, text_embeds, right_images, queries, shown))
+    return Evaluation(scores, items, _pictures(images, captions, owner, text_embeds, pairs.right_images, queries, shown))
+
+
+def recalls(name: str, ranks: np.ndarray, total: int, sizes: list[int], units: np.ndarray, **others: np.ndarray) -> dict[str, float]:
+    """R@1, R@5 and R@10 of one direction. others: the same queries' ranks by another ranking, a baseline by name."""
+    scores = {}
+    for k in KS:
+        scores |= with_baselines(f"{name}/R@{k}", (ranks <= k).mean(), chance_within(k, total, np.array(sizes)),
+                                 bootstrap.mean_interval(ranks <= k, units), **{other: (theirs <= k).mean() for other, theirs in others.items()})
+    return scores
 
 
 def _direction(name: str, ranks: np.ndarray, total: int, sizes: list[int], units: np.ndarray) -> dict[str, float]:
     """Scores of one direction: ranks [q] among ``total`` targets, ``sizes`` right ones, images ``units``."""
-    scores = {}
-    for k in KS:
-        hits = ranks <= k
-        scores |= with_baselines(f"{name}/R@{k}", hits.mean(), chance_within(k, total, np.array(sizes)),
-                                 bootstrap.mean_interval(hits, units))
+    scores = recalls(name, ranks, total, sizes, units)
     scores |= with_baselines(f"{name}/mean_rank", ranks.mean(), chance_mean(total, np.array(sizes)),
                              bootstrap.mean_interval(ranks, units))
     return scores | with_baselines(f"{name}/median_rank", np.median(ranks), chance_median(total, np.array(sizes)),
