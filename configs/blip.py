@@ -23,6 +23,7 @@ AUGMENT = "random_resized_crop(scale={}..1)|flip|rand_augment(n=2, m=5)"
 # Section 4.1: image tower, batch on 32 GPUs, peak rate; rates of captioning and retrieval (appendix, table of fine-tuning settings)
 SIZES = {"base": (dict(variant="timm_b16"), 2880, 3e-4, 1e-5, 1e-5), "large": (dict(variant="timm_l16", drop_path=0.1), 2400, 2e-4, 2e-6, 5e-6)}
 IMAGES = 14_073_000     # COCO, Visual Genome, SBU, CC3M, CC12M
+RERANK = dict(kind="rerank", options=dict(k=256, score="match+cosine"))     # configs/retrieval_coco.yaml
 BEAMS = dict(method="beam", beams=3, max_length=20, min_length=5)     # configs/caption_coco.yaml
 
 
@@ -34,13 +35,13 @@ def get_config(arg=""):
         return c.stages(("pretrain",), pretrain=pretrain,
                         caption=dict(tuned, loss=dict(weights=dict(lm=1.0)), optim=dict(tuned["optim"], groups=(), clamps=()), evals=only(pretrain, "caption")),
                         retrieval=dict(tuned, loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, targets="images", mined_by="student"),
-                                       evals=only(pretrain, "retrieval")))
+                                       evals=only(pretrain, "retrieval", "rerank", "matching")))
     return c.stages(("pretrain",), pretrain=pretrain_of(args.size, args.res or 224), caption=caption(args.size, args.res or 384),
                     retrieval=retrieval(args.size, args.res or 384))
 
 
-def only(stage, kind):
-    return {name: section for name, section in stage["evals"].items() if section["kind"] == kind}
+def only(stage, *kinds):
+    return {name: section for name, section in stage["evals"].items() if section["kind"] in kinds}
 
 
 def scenes(res):
@@ -55,7 +56,9 @@ def scenes(res):
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=56, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
-        evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")), caption=dict(kind="caption", examples=500),
+        evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
+                   rerank=dict(RERANK, examples=500, options=dict(RERANK["options"], captions="first", k=16)),
+                   matching=dict(kind="matching", examples=500), caption=dict(kind="caption", examples=500),
                    caption_pair=dict(kind="caption", data="scenes:heldout_pair", examples=500)),
         steps=1000, checkpoint=dict(every=500, keep=2))
 
@@ -85,7 +88,8 @@ def tuned(size, res, lr, **sections):
     adamw = {k: v for k, v in start["optim"].items() if k not in ("decay_factor", "start_lr")}
     return c.stage(**{**start, **dict(
         init="@pretrain", optim=dict(adamw, lr=lr, schedule="cosine", warmup=0, end_lr=0.0, **sections.pop("optim", {})),
-        data=dict(start["data"], batch=256, size=res, augment=AUGMENT.format(0.5), **sections.pop("data", {})), checkpoint=dict(every="1epoch", keep=2)), **sections})
+        data=dict(start["data"], batch=256, size=res, augment=AUGMENT.format(0.5), **sections.pop("data", {})),
+        checkpoint=dict(every="1epoch", keep=2)), **sections})
 
 
 def caption(size, res):
@@ -96,5 +100,7 @@ def caption(size, res):
 
 def retrieval(size, res):
     """configs/retrieval_coco.yaml: 6 epochs, negatives from all GPUs by the student's own similarity. COCO has 567K pairs: the ramp is an epoch."""
-    return tuned(size, res, SIZES[size][4], data=dict(length=35), steps="6epochs", evals=dict(retrieval=dict(kind="retrieval", every="1epoch")),
-                 loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.995, queue=57600, alpha=0.4, alpha_ramp=567_000 // 256, targets="images", mined_by="student"))
+    return tuned(size, res, SIZES[size][4], data=dict(length=35), steps="6epochs",
+                 loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.995, queue=57600, alpha=0.4, alpha_ramp=567_000 // 256, targets="images",
+                           mined_by="student"),
+                 evals=dict(retrieval=dict(kind="retrieval", every="1epoch"), rerank=dict(RERANK, every=0)))

@@ -55,7 +55,7 @@ class Case:
             out["out_image_embeds"] = features["image"]
             if "embed" in predict:
                 embeds = predict["embed"](v, b)
-                out |= {"out_text_states": features["text"], "out_image_feat": embeds["image_embed"], "out_text_feat": embeds["text_embed"],
+                out |= {"out_text_states": features["states"], "out_image_feat": embeds["image_embed"], "out_text_feat": embeds["text_embed"],
                         "out_cosine": embeds["image_embed"] @ embeds["text_embed"].T}
             if "match" in predict:
                 rows = len(self.mask)
@@ -78,7 +78,7 @@ class Case:
         return jax.device_get(jax.jit(lambda v, b: generate(v, b, **options)["text"])(self.variables(), {"image": self.batch["image"]}))
 
     def changed(self, part, change):
-        """Features of images ("image") or texts of a model whose config was changed."""
+        """Features of images ("image") or texts ("states") of a model whose config was changed."""
         section = stages.ConfigDict(self.section.to_dict())
         with section.model.unlocked():
             change(section.model)
@@ -122,7 +122,7 @@ def test_towers_and_heads_are_the_official_ones(pretrain):
 
 
 @pytest.mark.parametrize("mistake, change, output, part", [
-    ("bert eps", lambda m: m.text.update(eps=1e-6), "out_text_states", "text"), ("one head", lambda m: m.text.update(heads=1), "out_text_states", "text"),
+    ("bert eps", lambda m: m.text.update(eps=1e-6), "out_text_states", "states"), ("one head", lambda m: m.text.update(heads=1), "out_text_states", "states"),
     ("vit eps", lambda m: m.image.update(eps=1e-5), "out_image_embeds", "image"),
     ("tanh gelu", lambda m: m.image.update(activation="gelu_tanh"), "out_image_embeds", "image")])
 def test_a_planted_mistake_shows(pretrain, mistake, change, output, part):
@@ -145,7 +145,8 @@ def stepped(pretrain):
     def run(params, carry, batch, step, parts):
         def total(params):
             _, out = system.loss(merge(params, {}, {}), carry, batch, Context(jax.random.key(0), step, train=False))
-            return sum(part * out.metrics[name] for part, name in zip(parts, ("itc", "itm", "lm"))), (out.metrics, system.next_carry(carry, out.update))
+            share = dict(zip(("itc", "itm", "lm"), parts, strict=True))
+            return sum(share[name] * out.metrics[name] for name in share), (out.metrics, system.next_carry(carry, out.update))
         (_, out), grads = jax.value_and_grad(total, has_aux=True)(params)
         return *out, grads
 
@@ -166,21 +167,18 @@ def test_a_step_has_the_official_losses_teacher_and_queues(pretrain, stepped):
     table = [(p.removeprefix("carry/"), source, how) for p, source, how in layout.carry_rules(())]
     held = {p: x for p, x in after["teacher"].items() if f"teacher/{p}" in stages.read_carry(pretrain.folder)}
     compared = 0
-    for path, x in held.items():
+    for path, stack in held.items():
         _, source, how = next(rule for rule in table if rule[0] == f"teacher/{path}")
-        for layer in range(len(x) if "{layer" in source else 1):
-            name = source.partition("[")[0].replace("{layer}", str(layer)).replace("{layer+0}", str(layer))
-            if name not in official:
-                continue
-            one = [("x", source.replace("{layer}", str(layer)).replace("{layer+0}", str(layer)), how)]
-            mine_, theirs = (x[layer] if "{layer" in source else x), weight_rules.apply(one, {"x": (x[layer] if "{layer" in source else x).shape}, official)["x"]
-            np.testing.assert_allclose(mine_, theirs, rtol=0, atol=1e-6, err_msg=path)
-            compared += 1
+        for layer, x in enumerate(stack if "{layer" in source else [stack]):
+            name = weight_rules.LAYER.sub(str(layer), source)
+            if name.partition("[")[0] in official:
+                theirs = weight_rules.apply([("x", name, how)], {"x": x.shape}, official)["x"]
+                np.testing.assert_allclose(x, theirs, rtol=0, atol=1e-6, err_msg=path)
+                compared += 1
     assert compared == 7      # five matrices, of which one holds three of ours
     for side in ("image", "text"):
         np.testing.assert_allclose(after[f"{side}_queue"], official[f"{side}_queue"].T, rtol=0, atol=1e-4)
-        stale = np.abs(after[f"{side}_queue"][:4] - carry[f"{side}_queue"][:4])
-        assert stale.min(1).max() > 1e-3 or stale.max() > 0.1
+        assert np.abs(after[f"{side}_queue"][:4] - carry[f"{side}_queue"][:4]).max() > 0.1
     assert after["pointer"] == official["queue_ptr"][0] == 4 and list(after["id_queue"]) == [0, 1, 2, 3] + [-100] * 4
 
 
@@ -196,7 +194,8 @@ def test_what_the_captions_teach(stepped):
     grads = step()[2]
     moved = {p for p, g in grads.items() if np.abs(g).max() > 0}
     quiet = {p for p in grads if p not in moved}
-    assert quiet == {p for p in grads if p.startswith(("text/blocks_cross/attn/", "text/blocks_cross/norm1/", "image_head/", "text_head/", "itm_head/", "temp"))}
+    others = ("text/blocks_cross/attn/", "text/blocks_cross/norm1/", "image_head/", "text_head/", "itm_head/", "temp")
+    assert quiet == {p for p in grads if p.startswith(others)}
     for part in ("mlp/up/kernel", "cross/value/kernel", "decoder_attn/query/kernel"):
         assert f"text/blocks_cross/{part}" in moved
     assert {"text/token_embed/table", "lm_head/bias", "image/blocks/mlp/up/kernel"} <= moved
@@ -335,7 +334,7 @@ def test_the_published_recipe_decays_everything_and_steps_by_epochs():
     np.testing.assert_allclose([float(rate(t)) for t in (0, 1500, 3000, 4999, 5000, 10_000, 99_999)],
                                [1e-6, 1.505e-4, 3e-4, 3e-4, 2.7e-4, 2.43e-4, 3e-4 * 0.9 ** 19], rtol=1e-5)
     rate = rate_of("caption", 500, 100)
-    np.testing.assert_allclose([float(rate(t)) for t in (0, 99, 100, 499)], [1e-5, 1e-5, 1e-5 * (1 + np.cos(np.pi / 5)) / 2, 1e-5 * (1 + np.cos(4 * np.pi / 5)) / 2], rtol=1e-5)
+    np.testing.assert_allclose([float(rate(t)) for t in (0, 99, 100, 499)], [5e-6 * (1 + np.cos(e * np.pi / 5)) for e in (0, 0, 1, 4)], rtol=1e-5)
 
 
 def test_a_batch_is_learned_by_heart(stepped):
@@ -400,7 +399,8 @@ def test_what_does_not_fit_is_named():
     refused("loss.queue=32 is smaller than data.batch=56", lambda s: s.loss.update(queue=32))
     refused("loss.prompt='model', but model.prompt is empty", lambda s: s.loss.update(prompt="model"))
     refused("microbatch=8", lambda s: s.data.update(microbatch=8))
-    refused("model.tokens.enc=5000 is no row", lambda s: (s.data.update(tokenizer=""), s.model.tokens.update(vocab=4000, bos=1, eos=2, pad=0, dec=10, enc=5000)))
+    refused("model.tokens.enc=5000 is no row", lambda s: (
+        s.data.update(tokenizer=""), s.model.tokens.update(vocab=4000, bos=1, eos=2, pad=0, dec=10, enc=5000)))
     stage = stages.resolve(config("blip").stages.pretrain, "pretrain")
     assert stage.config.model.tokens.dec == stage.tokenizer.vocab_size and stage.config.model.tokens.enc == stage.tokenizer.vocab_size + 1
     assert stage.tokenizer.decode([stage.tokenizer.bos_id, 10, stage.tokenizer.vocab_size + 1, stage.tokenizer.eos_id]) == stage.tokenizer.decode([10])

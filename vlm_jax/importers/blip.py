@@ -126,12 +126,13 @@ def sections_of(shapes: Shapes, hints: Hints, image_heads: int | None, text_head
     where = shared(weights)
     vocab, text_width = shape_of(shapes, f"{where}.{TABLE}")
     text = dict(width=text_width, layers=count_layers(shapes, f"{where}.encoder.layer.{{layer}}.crossattention.self.query.weight"),
-                heads=heads("text_heads", hints.text_heads, text_heads, text_width), mlp_dim=shape_of(shapes, f"{where}.encoder.layer.0.intermediate.dense.weight")[0],
+                heads=heads("text_heads", hints.text_heads, text_heads, text_width),
+                mlp_dim=shape_of(shapes, f"{where}.encoder.layer.0.intermediate.dense.weight")[0],
                 positions=shape_of(shapes, f"{where}.embeddings.position_embeddings.weight")[0], dropout=0.1)
+    mined: dict[str, Any] = {}
     if "image_queue" in shapes:
-        mined = dict(queue=shape_of(shapes, "image_queue")[1], **(dict(targets="images", mined_by="student") if "idx_queue" in shapes else dict(negative_epsilon=1e-4)))
-    else:
-        mined = {}
+        mined = dict(targets="images", mined_by="student") if "idx_queue" in shapes else dict(negative_epsilon=1e-4)
+        mined["queue"] = shape_of(shapes, "image_queue")[1]
     return dict(model=dict(image=image, text=text, embed=shapes["vision_proj.weight"][0] if parts["itc"] else 256, mean=CLIP_MEAN, std=CLIP_STD,
                            prompt=A_PICTURE_OF if parts["lm"] and vocab == 30_524 else (),
                            tokens=dict(vocab=vocab, bos=101, eos=102, pad=0, dec=vocab - 2, enc=vocab - 1)),

@@ -38,7 +38,8 @@ from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import albef, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
-RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE, blip.RELEASE, blip.FACE_RELEASE)}
+RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
+                                blip.RELEASE, blip.FACE_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 RECORD = "import.json"
 

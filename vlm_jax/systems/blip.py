@@ -256,10 +256,10 @@ def build(config: Any) -> System:
         bos = jnp.full((rows, 1), tokens["bos"], jnp.int32)
         return {**out, "text": jnp.concatenate([bos, out["text"][:, len(prompt) + 1:]], 1)}
 
-    predict = {"features": features, **({"embed": embed} if ITC in terms else {}), **({"match": match} if ITM in terms else {}),
-               **({"caption_logits": caption_logits} if LM in terms else {})}
-    return System(model, init, loss, {**{name: functools.partial(fn, model) for name, fn in predict.items()}, **({"generate": generate} if LM in terms else {})},
-                  init_carry, next_carry, {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)}, papers=("2201.12086",))
+    offered = {"features": (features, True), "embed": (embed, ITC in terms), "match": (match, ITM in terms), "caption_logits": (caption_logits, LM in terms)}
+    predict = {name: functools.partial(fn, model) for name, (fn, there) in offered.items() if there}
+    return System(model, init, loss, predict | ({"generate": generate} if LM in terms else {}), init_carry, next_carry,
+                  {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)}, papers=("2201.12086",))
 
 
 def behind(prompt: tuple, rows: jax.Array) -> jax.Array:
@@ -274,18 +274,18 @@ def embed(model: Blip, variables: Variables, batch: Batch, *, key=None) -> dict[
     found = features(model, variables, batch)
     if "image" in found:
         out["image_embed"] = run(model, variables, Blip.image_feature, found["image"])
-    if "text" in found:
-        out["text_embed"] = run(model, variables, Blip.text_feature, found["text"])
+    if "states" in found:
+        out["text_embed"] = run(model, variables, Blip.text_feature, found["states"])
     return out
 
 
 def features(model: Blip, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
-    """image [b, n, width], tokens; text [b, l, width], states of the text alone, where the model has an encoder."""
+    """image [b, n, width], tokens; states [b, l, width] of the text alone, where the model has an encoder (``match`` reads texts anew)."""
     out = {}
     if "image" in batch:
         out["image"] = run(model, variables, Blip.encode_image, batch["image"])
     if "text" in batch and "encoder" in model.text.roles:
-        out["text"] = run(model, variables, Blip.encode_text, batch["text"], batch["text_mask"])
+        out["states"] = run(model, variables, Blip.encode_text, batch["text"], batch["text_mask"])
     return out
 
 
