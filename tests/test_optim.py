@@ -114,12 +114,16 @@ def test_schedule_shapes():
     assert np.allclose(at("trapezoid", 50, 75, 100, decay_from="50%", end_lr=2.0), [8, 5, 2])
     assert np.allclose(at("cosine", 10, 55, 100, end_lr=2.0), [8, 5, 2])
     assert np.allclose(at("constant", 0, warmup=0), 8)
+    assert np.allclose(at("exponential", 0, 5, 10, 49, 50, 99, every=25, decay_factor=0.5, start_lr=2.0), [2, 5, 8, 4, 2, 1])
+    assert np.allclose(at("cosine", 10, 24, 25, 74, 99, every="25%"), [8, 8, 4 + 8 ** 0.5, 4, 4 - 8 ** 0.5])     # moves from span to span
+    assert np.allclose(at("exponential", 99, every=10, decay_factor=0.5, end_lr=3.0), 3)
 
 
 @pytest.mark.parametrize("options, words", [
     (dict(kind="cosin"), "'cosin' is unknown; nearest: 'cosine'"), (dict(decay_from=50), "decay_from=50 has no use"),
     (dict(kind="constant", end_lr=1.0), "end_lr=1.0 has no use"), (dict(kind="rsqrt"), "needs warmup"),
-    (dict(warmup=200), "warmup=200"), (dict(kind="trapezoid", warmup=20, decay_from=10), "does not hold")])
+    (dict(kind="exponential", every=10), "'exponential' needs both"), (dict(decay_factor=0.5), "others no decay_factor"),
+    (dict(kind="rsqrt", warmup=5, every=10), "every=10 has no use"), (dict(warmup=200), "warmup=200"), (dict(kind="trapezoid", warmup=20, decay_from=10), "does not hold")])
 def test_schedules_refuse(options, words):
     with pytest.raises(ValueError, match=words):
         make_schedule(**{"kind": "cosine", "lr": 1.0, "total_steps": 100, **options})

@@ -33,10 +33,19 @@ class Context:
         """A random key of its own for ``name``: two names never share one."""
         return jax.random.fold_in(self.rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
+    def drop(self, name: str) -> jax.Array | None:
+        """The key of dropped units in a pass called ``name``; None outside training: nothing is dropped."""
+        return self.key(name) if self.train else None
+
 
 def drop_key(context: Context, chunk: jax.Array | int) -> jax.Array | None:
     """The key of dropped patches and units for one micro-batch; None outside training: nothing is dropped."""
     return jax.random.fold_in(context.key("drop"), chunk) if context.train else None
+
+
+def run(model: nn.Module, variables: Variables, method: Any, *args: Any, key: jax.Array | None = None) -> Any:
+    """``model.apply`` of a named method; with ``key`` units are dropped."""
+    return model.apply(variables, *args, method=method, rngs=None if key is None else {"dropout": key})
 
 
 @struct.dataclass

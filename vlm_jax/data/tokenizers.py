@@ -119,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, *([] if self.eos_id is None else [self.eos_id])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode(self._until_end(ids))
+        return self._processor.decode([i for i in self._until_end(ids) if i < self.vocab_size])     # a model's table may be longer
 
     def _files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}

@@ -12,7 +12,7 @@ from vlm_jax.decode import choose
 from vlm_jax.decode.cache import gather_rows
 from vlm_jax.errors import nearest
 
-RULES = ("log_probability", "open_clip")
+RULES = ("log_probability", "open_clip", "transformers_4.15")
 
 
 class _Beams(NamedTuple):
@@ -40,19 +40,26 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
     ``rule`` "open_clip" ranks as ``CoCa.generate`` of open_clip 3 does, so that captions are its own: raw logits are
     summed, not log-probabilities; the prompt counts as length; at ``max_length`` the running texts compete
     beside those that end there; a row closes by its best continuation, ended ones included.
+    "transformers_4.15" ranks as that release does, with which BLIP's captions were made: as "open_clip", but
+    log-probabilities are summed, and the end does not count as length.
     """
     if rule not in RULES:
         raise ValueError(f"beam_rule={rule!r} is not known{nearest(rule, RULES)}")
-    theirs = rule == "open_clip"
+    theirs = rule != "log_probability"
     ends = jnp.array(eos_ids, jnp.int32)
     batch, start = prompt.shape
     first_row = jnp.arange(batch)[:, None] * beams          # of each example, in the flat [b*k] order
+
+    def best_of(score, ended, more, texts):
+        """The ``beams`` best of [b,k] scores with their texts [b,k,L] and of others."""
+        score, kept = jax.lax.top_k(jnp.concatenate([score, more], axis=1), beams)
+        return score, jnp.take_along_axis(jnp.concatenate([ended, texts], axis=1), kept[:, :, None], axis=1)
 
     def advance(state: _Beams, logits) -> tuple[_Beams, jax.Array]:
         """Adds one id to every hypothesis. Also returns which row [b*k] each one came from."""
         vocab = logits.shape[-1]
         logits = logits.astype(jnp.float32)
-        scores = (logits if theirs else jax.nn.log_softmax(logits)).reshape(batch, beams, vocab)
+        scores = (logits if rule == "open_clip" else jax.nn.log_softmax(logits)).reshape(batch, beams, vocab)
         scores = choose.penalise_repetition(scores, state.text, state.position, repetition_penalty)
         scores = choose.forbid_early_end(scores, state.position, min_length, eos_ids)
         totals = (state.total[:, :, None] + scores).reshape(batch, beams * vocab)
@@ -66,16 +73,14 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
         total, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, totals), beams)
         running = jnp.take_along_axis(text, best[:, :, None], axis=1)
 
-        length = (position if theirs else position - start).astype(jnp.float32) ** length_penalty
-        open_ = ~state.closed[:, None]
-        may_end = stops & (jnp.arange(totals.shape[1]) < beams) & open_
-        pool = [state.score, jnp.where(may_end, totals / length, -jnp.inf)]
-        texts = [state.ended, text]
-        if theirs:
-            pool, texts = [*pool, jnp.where(last & open_, total / length, -jnp.inf)], [*texts, running]
-        score, kept = jax.lax.top_k(jnp.concatenate(pool, axis=1), beams)
-        ended = jnp.take_along_axis(jnp.concatenate(texts, axis=1), kept[:, :, None], axis=1)
+        counted = {"log_probability": position - start, "open_clip": position, "transformers_4.15": position - 1}[rule]
+        length = counted.astype(jnp.float32) ** length_penalty
+        may_end = stops & (jnp.arange(totals.shape[1]) < beams) & ~state.closed[:, None]
+        score, ended = best_of(state.score, state.ended, jnp.where(may_end, totals / length, -jnp.inf), text)
         closed = state.closed | ((totals if theirs else total)[:, 0] / length <= score[:, -1])
+        if theirs:
+            whole = position.astype(jnp.float32) ** length_penalty
+            score, ended = best_of(score, ended, jnp.where(last & ~closed[:, None], total / whole, -jnp.inf), running)
         rows = first_row + jnp.take_along_axis(source, best, axis=1)
         return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
 

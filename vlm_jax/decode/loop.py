@@ -35,7 +35,7 @@ def generate(prefill: Callable, extend: Callable, prompt: jax.Array, *, method: 
         pad_id: fills the text after its end.
         key: PRNG key; "sample" needs one.
         batch_axis: the rows' axis in the cache; see ``cache.gather_rows``.
-        beam_rule: what "beam" ranks by, "log_probability" or "open_clip"; see ``beam.search``.
+        beam_rule: what "beam" ranks by, a name in ``beam.RULES``; see ``beam.search``.
 
     Returns:
         ``text`` int32 [b,max_length]: prompt, continuation, its end, padding.

@@ -35,10 +35,11 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers import albef, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
-RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE)}
+RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
+                                blip.RELEASE, blip.FACE_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 RECORD = "import.json"
 
@@ -103,7 +104,9 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     carry = {f"carry/{p}": x for p, x in stages.carry_shapes(stage).items() if any(re.fullmatch(rule[0], f"carry/{p}") for rule in table)}
     targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving, **carry}.items()}
     tied = check_ties(layout.ties(shapes), tensors)
-    leaves, ignored = weight_rules.import_leaves(table, layout.ignored, targets, Floats({n: t for n, t in tensors.items() if n not in tied}), f"{release}: {src}")
+    held = {p: shape for p, shape in targets.items() if p not in layout.given}
+    leaves, ignored = weight_rules.import_leaves(table, layout.ignored, held, Floats({n: t for n, t in tensors.items() if n not in tied}), f"{release}: {src}")
+    leaves |= {p: np.full(targets[p], value, np.float32) for p, value in layout.given.items() if p in targets}
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},
@@ -139,8 +142,9 @@ def guess_release(folder: pathlib.Path) -> str:
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
     if model:
         return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
-    if read_json(folder, "config.json").get("model_type") == "clip":
-        return "hf_clip"
+    found = {"clip": "hf_clip", "blip": "hf_blip"}.get(read_json(folder, "config.json").get("model_type"))
+    if found:
+        return found
     raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")
 
 

@@ -35,7 +35,7 @@ class Release:
     ignored: regexes of tensors that hold no weights. resize: how its own code resizes a table of image positions.
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
-    Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
+    given: values of leaves that no file of this layout holds. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
     licence: of the official weights, where all have one and their files do not say it. library, task: what the hub's
@@ -50,6 +50,7 @@ class Release:
     write_config: Callable[[Any, pathlib.Path, Collection[str]], None] | None = None
     resize: str = "resize_positions"
     ties: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
+    given: Mapping[str, float] = dataclasses.field(default_factory=dict)
     licence: str = ""
     library: str = "vlm_jax"
     task: str = ""

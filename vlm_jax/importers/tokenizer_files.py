@@ -12,7 +12,7 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
-WORD_PIECES = ("albef", "blip")      # bert-base-uncased's
+WORD_PIECES = ("albef", "blip", "hf_blip")      # bert-base-uncased's
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
@@ -39,7 +39,8 @@ def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, in
     except (FileNotFoundError, ValueError) as error:
         say(f"no tokenizer: {error}. Ids work; for strings import again with --tokenizer")
         return None
-    why = misfit(found) or ("" if found.vocab_size == tokens["vocab"] else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
+    own = len(set(tokens) - {"vocab", "bos", "eos", "pad", "mask"})     # ids after the tokenizer's, such as BLIP's [DEC] and [ENC]
+    why = misfit(found) or ("" if found.vocab_size + own == tokens["vocab"] else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
     if why:
         say(f"no tokenizer: {name} {why}. Ids work; for strings import again with --tokenizer")
         return None

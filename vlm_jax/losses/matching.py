@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+NEGATIVES = ("hard", "random")     # drawn by similarity, or evenly
 
 
 def mine(key: jax.Array, similarity: jax.Array, excluded: jax.Array, epsilon: float = 0.0) -> jax.Array:
@@ -20,9 +24,25 @@ def mine(key: jax.Array, similarity: jax.Array, excluded: jax.Array, epsilon: fl
     return jnp.where(excluded.all(1), -1, drawn).astype(jnp.int32)
 
 
-def random_negatives(key: jax.Array, excluded: jax.Array) -> jax.Array:
-    """One negative for each row, drawn evenly: the control for ``mine``."""
-    return mine(key, jnp.zeros(excluded.shape), excluded)
+def draw(kind: str, key: jax.Array, similarity: jax.Array, excluded: jax.Array, epsilon: float = 0.0) -> jax.Array:
+    """Negatives of a ``kind``: "hard" by ``mine``, "random" evenly, the control for it."""
+    return mine(key, similarity, excluded, epsilon) if kind == "hard" else mine(key, jnp.zeros(excluded.shape), excluded)
+
+
+class Pairs(NamedTuple):
+    """What matching looks at, [3b] each: (text, its image), (text, a negative image), (a negative text, image)."""
+    text: jax.Array       # int: which text
+    image: jax.Array      # int: which image
+    label: jax.Array      # int: 1 = match
+    weight: jax.Array     # bool: False where a row has no negative
+
+
+def pairs(negative_image: jax.Array, negative_text: jax.Array) -> Pairs:
+    """The pairs of rows with their negatives int [b]; -1: there is none."""
+    rows = jnp.arange(len(negative_image))
+    there = jnp.concatenate([rows >= 0, negative_image >= 0, negative_text >= 0])
+    return Pairs(jnp.concatenate([rows, rows, jnp.maximum(negative_text, 0)]), jnp.concatenate([rows, jnp.maximum(negative_image, 0), rows]),
+                 (jnp.arange(3 * len(rows)) < len(rows)).astype(jnp.int32), there)
 
 
 def matching(logits: jax.Array, labels: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -10,11 +10,26 @@ towards the student before the step's update; its features enter the queues afte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
+
+TARGETS = ("pairs", "images")     # what is positive: a text and its own image, or all texts and images of one image id
+
+
+def shadowed(variables: Mapping[str, Any], pattern: str) -> dict[str, jax.Array]:
+    """The parameters that have a slow copy, by path: those whose whole path matches the regex."""
+    return {p: x for p, x in traverse_util.flatten_dict(variables["params"], sep="/").items() if re.fullmatch(pattern, p)}
+
+
+def replaced(variables: Mapping[str, Any], teacher: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """``variables`` with the slow copy in place of what it shadows."""
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {**variables, "params": traverse_util.unflatten_dict({**params, **teacher}, sep="/")}
 
 
 def lerp(teacher: Any, student: Any, momentum: float) -> Any:

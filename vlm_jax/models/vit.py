@@ -60,6 +60,7 @@ class ViT(nn.Module):
         that poolers above can tell places apart.
       patch_dropout: share of the patches left out of each image when ``key`` is given (FLIP, arXiv
         2212.00794): less work in training, and less to memorise.
+      drop_path: see ``nn.block.Stack``.
       remat: a policy's name, see ``nn.block.REMAT``.
     """
     image_size: int
@@ -80,6 +81,7 @@ class ViT(nn.Module):
     qk_norm: str = "none"
     init_scheme: str = "torch"
     patch_dropout: float = 0.0
+    drop_path: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -109,7 +111,7 @@ class ViT(nn.Module):
         self.input_norm, self.output_norm = Norm(self.norm, self.eps), Norm(self.norm, self.eps)
         self.stack = Stack(self.layers, dict(
             width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps,
-            qk_norm=self.qk_norm, init_scheme=self.init_scheme), self.remat, self.dtype)
+            qk_norm=self.qk_norm, init_scheme=self.init_scheme), self.remat, self.dtype, self.drop_path)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
 
     def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -53,8 +53,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
-                 memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None
-                 ) -> tuple[jax.Array, dict | None]:
+                 memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None,
+                 drop_path: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
         """x [b, l, width], memory [b, m, memory_width] -> (x, cache). Arguments as ``Stack``, for one layer."""
         if self.cross_layout not in CROSS:
             raise ValueError(f"cross_layout={self.cross_layout!r} is not known{nearest(self.cross_layout, CROSS)}")
@@ -64,12 +64,18 @@ class Block(nn.Module):
                                       init_scheme=self.init_scheme, depth=self.depth, dtype=self.dtype)
         cache = None if cache is None else dict(cache)
 
+        def added(x, y, name):
+            if drop_path is not None and self.has_rng("dropout"):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
+                y = jnp.where(kept, y / (1 - drop_path).astype(y.dtype), 0)
+            return x + checkpoint_name(y, name)
+
         def self_attention(x):
             own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
             y, own = attention(causal=self.causal, name="attn")(norm(name="norm1")(x), mask=mask, cache=own, index=index)
             if cache is not None:
                 cache.update(own)
-            return x + checkpoint_name(y, "attn_out")
+            return added(x, y, "attn_out")
 
         def cross_attention(x, norm_x, norm_memory):
             attn = attention(kv_width=self.memory_width, name="cross")
@@ -82,10 +88,10 @@ class Block(nn.Module):
                 keys, values = cache["memory_key"], cache["memory_value"]
             else:
                 raise ValueError(f"cross_layout={self.cross_layout!r} needs memory, or a cache that holds its keys and values")
-            return x + checkpoint_name(attn.attend_cached(norm_x(x), keys, values, memory_mask), "attn_out")
+            return added(x, attn.attend_cached(norm_x(x), keys, values, memory_mask), "attn_out")
 
         def feed_forward(x, norm_x, mlp):
-            return x + checkpoint_name(mlp(norm_x(x)), "mlp_out")
+            return added(x, mlp(norm_x(x)), "mlp_out")
 
         x = self_attention(shard(x.astype(self.dtype), "batch", "length", "act_embed"))
         if self.cross_layout == "single":
@@ -100,19 +106,22 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """``layers`` equal blocks under ``lax.scan``; params at ``blocks/...`` with a leading "layers" axis.
 
-    ``block`` holds the fields of ``Block`` (depth and dtype excepted), ``remat`` is a name in ``REMAT``.
+    ``block`` holds the fields of ``Block`` (depth and dtype excepted), ``remat`` is a name in ``REMAT``. ``drop_path``: the
+    probability with which an example skips an update of the last layer (linearly less below), where a stream of random keys
+    "dropout" is given (stochastic depth, arXiv 1603.09382).
     """
     layers: int
     block: Mapping[str, Any]
     remat: str = "none"
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
 
     def setup(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is not a policy{nearest(self.remat, tuple(REMAT))}")
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-        scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers,
-                          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), out_axes=0,
+        scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.layers,
+                          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0), out_axes=0,
                           metadata_params={nn.PARTITION_NAME: "layers"})
         self.blocks = scanned(depth=self.layers, dtype=self.dtype, **self.block)
 
@@ -127,7 +136,8 @@ class Stack(nn.Module):
             cache, memory is needed once, at prefill.
           cache, index: from ``init_cache``, and the position (int32 scalar or [b]) of x's first token.
         """
-        return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index)
+        rates = jnp.linspace(0, self.drop_path, self.layers) if self.drop_path else None
+        return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index, rates)
 
 
 ROLES = ("encoder", "decoder")

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import low_rank
 from vlm_jax.nn.norm import Norm
 
@@ -39,6 +40,12 @@ class Linear(nn.Module):
             y = y + self.param("bias", nn.with_logical_partitioning(self.bias_init, (axis,)),
                                (self.features,), jnp.float32).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+
+def projection(width: int, features: int, dtype: Any) -> Linear:
+    """A head from ``width`` to ``features`` with torch's default initialisation: kernel and bias uniform within width^-.5."""
+    init = initializers.uniform(width ** -0.5)
+    return Linear(features, ("embed", "joint"), True, init, init, dtype)
 
 
 class ProjectionHead(nn.Module):

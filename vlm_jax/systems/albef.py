@@ -8,24 +8,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.losses.masked import mask_tokens, masked_lm
-from vlm_jax.losses.matching import matching, mine, random_negatives
-from vlm_jax.losses.momentum import enqueue, lerp, make_queues, momentum_contrastive, other_groups
+from vlm_jax.losses.matching import NEGATIVES, draw, matching, pairs
+from vlm_jax.losses.momentum import TARGETS, enqueue, lerp, make_queues, momentum_contrastive, other_groups, replaced, shadowed
 from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import bert, vit
 from vlm_jax.models.sizes import sizes
-from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.unit import unit
-from vlm_jax.system import Batch, Context, Output, System, Variables
+from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
-TEACHER = ("image", "text", "image_head", "text_head", "lm_head")     # what has a slow copy: not the temperature, not itm_head
-NEGATIVES = ("hard", "random")
-TARGETS = ("pairs", "images")
+TEACHER = r"(image|text|image_head|text_head|lm_head)/.*"     # what has a slow copy: not the temperature, not itm_head
 
 
 class Albef(nn.Module):
@@ -87,13 +84,6 @@ class Albef(nn.Module):
         return image, text, self.match(fused), words, self.temp
 
 
-def projection(width: int, features: int, dtype: Any) -> Linear:
-    """A head with torch's default initialisation."""
-    def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -width ** -0.5, width ** -0.5)
-    return Linear(features, ("embed", "joint"), True, uniform, uniform, dtype)
-
-
 def build_model(*, image: dict, text: dict, embed: int, tokens: dict, size: int, lm_head: bool, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
                 temp: float = 0.07, dtype: str = "auto") -> Albef:
     """The module of a config's ``model`` section. text.cross_layers: how many of its layers fuse."""
@@ -137,14 +127,14 @@ def build(config: Any) -> System:
         return model.init(key, jnp.zeros((1, *spec["image"].shape[1:]), jnp.float32), jnp.zeros((1, *spec["text"].shape[1:]), jnp.int32))
 
     def init_carry(variables: Variables):
-        return {"teacher": jax.tree.map(jnp.copy, shadowed(variables)), **make_queues(o["queue"], model.embed)}
+        return {"teacher": jax.tree.map(jnp.copy, shadowed(variables, TEACHER)), **make_queues(o["queue"], model.embed)}
 
     def next_carry(carry, update):
         return {"teacher": update["teacher"], **enqueue(carry, update["image"], update["text"], update["ids"])}
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
-        teacher = lerp(carry["teacher"], shadowed(variables), o["momentum"])
-        slow = {"params": traverse_util.unflatten_dict({**flat(variables), **teacher}, sep="/")}
+        teacher = lerp(carry["teacher"], shadowed(variables, TEACHER), o["momentum"])
+        slow = replaced(variables, teacher)
         ids, mask, image_id = batch["text"], batch["text_mask"], batch["image_id"]
         rows, temp = ids.shape[0], apply(variables, Albef.temperature)
         alpha = o["alpha"] * jnp.minimum(1.0, context.step / o["alpha_ramp"]) if o["alpha_ramp"] else o["alpha"]
@@ -174,24 +164,21 @@ def build(config: Any) -> System:
             terms["itc"] = itc
 
         # One pass of the upper half: pairs, texts with negative images, negative texts, masked texts.
-        fused, fused_mask, images = [states[:rows]], [mask], [jnp.arange(rows)]
+        fused, fused_mask, images = [], [], []
         if wanted(weights, "itm"):
             same = (jnp.eye(rows, dtype=bool) if targets is None else targets[:, None] == targets) | other_groups(rows, o["group"])
-            draw = functools.partial(mine, epsilon=o["negative_epsilon"]) if o["negatives"] == "hard" else lambda key, _, same: random_negatives(key, same)
-            other_image = batch.get("negative_image", draw(context.key("negative_image"), similar["text_to_image"], same))
-            other_text = batch.get("negative_text", draw(context.key("negative_text"), similar["image_to_text"], same))
-            there = jnp.concatenate([jnp.ones(rows, bool), other_image >= 0, other_text >= 0])
-            other_image, other_text = jnp.maximum(other_image, 0), jnp.maximum(other_text, 0)
-            fused += [states[:rows], states[other_text]]
-            fused_mask += [mask, mask[other_text]]
-            images += [other_image, jnp.arange(rows)]
+            negative = functools.partial(draw, o["negatives"], excluded=same, epsilon=o["negative_epsilon"])
+            pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar["text_to_image"])),
+                         batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])))
+            fused, fused_mask, images = [states[pair.text]], [mask[pair.text]], [pair.image]
         if masked:
             fused, fused_mask, images = fused + [states[rows:]], fused_mask + [mask], images + [jnp.arange(rows)]
-        out = apply(variables, Albef.fuse, jnp.concatenate(fused), jnp.concatenate(fused_mask), tokens_, jnp.concatenate(images),
-                    key=dropped(context, model, "fusion"))
+        if fused:
+            out = apply(variables, Albef.fuse, jnp.concatenate(fused), jnp.concatenate(fused_mask), tokens_, jnp.concatenate(images),
+                        key=dropped(context, model, "fusion"))
         if wanted(weights, "itm"):
             terms["itm"], metrics["itm_accuracy"] = matching(
-                apply(variables, Albef.match, out[:3 * rows]), (jnp.arange(3 * rows) < rows).astype(jnp.int32), there)
+                apply(variables, Albef.match, out[:3 * rows]), pair.label, pair.weight)
         if masked:
             taught = apply(slow, Albef.fuse, slow_states[rows:], mask, slow_tokens, key=dropped(context, model, "teacher_fusion"))
             taught = jax.lax.stop_gradient((apply(slow, Albef.predict_tokens, taught), apply(slow, Albef.vocabulary)))
@@ -205,22 +192,8 @@ def build(config: Any) -> System:
                   init_carry, next_carry, {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)})
 
 
-def run(model: Albef, variables: Variables, method: Any, *args: Any, key: jax.Array | None = None) -> Any:
-    """``model.apply``; with ``key`` units are dropped."""
-    return model.apply(variables, *args, method=method, rngs=None if key is None else {"dropout": key})
-
-
 def dropped(context: Context, model: Albef, name: str) -> jax.Array | None:
     return context.key(name) if context.train and model.text.dropout else None
-
-
-def flat(variables: Variables) -> dict[str, jax.Array]:
-    return traverse_util.flatten_dict(variables["params"], sep="/")
-
-
-def shadowed(variables: Variables) -> dict[str, jax.Array]:
-    """The parameters that have a slow copy."""
-    return {p: x for p, x in flat(variables).items() if p.split("/")[0] in TEACHER}
 
 
 def embed(model: Albef, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:

@@ -68,31 +68,39 @@ def steps(duration: int | str, *, batch: int | None = None, examples_per_epoch: 
     return max(round(number * sizes[unit]), 1 if number else 0)
 
 
-SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "trapezoid")
+SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "trapezoid", "exponential")
 
 
 def make_schedule(kind: str = "cosine", *, lr: float, total_steps: int, warmup: int | str = 0,
-                  decay_from: int | str | None = None, end_lr: float = 0.0) -> Schedule:
+                  decay_from: int | str | None = None, end_lr: float = 0.0, start_lr: float | None = None,
+                  every: int | str | None = None, decay_factor: float | None = None) -> Schedule:
     """Learning rate at 0-based step t: ``lr * (t + 1) / warmup`` (open_clip's warm-up, so that the
-    first step moves and step ``warmup - 1`` has the peak), then
+    first step moves and step ``warmup - 1`` has the peak), or with ``start_lr`` from there to lr in equal steps; then
 
     cosine, linear   from lr to end_lr, reached at total_steps
     constant         lr
     rsqrt            lr * sqrt(warmup / t)  (T5)
     trapezoid        lr until ``decay_from`` (default "80%"), then linear to end_lr at total_steps
+    exponential      lr * decay_factor ** (t // every), not below end_lr
 
-    Durations are ints or percents. Raises ValueError for an unknown kind, an option that the kind
+    ``every``: in cosine and linear, the rate stays for so many steps and moves by what they come to, counted from step 0
+    (the epoch-wise rates of ALBEF and BLIP). Durations are ints or percents. Raises ValueError for an unknown kind, an option that the kind
     does not use, or durations out of order.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule {kind!r} is unknown{nearest(kind, SCHEDULES)}")
     if decay_from is not None and kind != "trapezoid":
         raise ValueError(f"decay_from={decay_from!r} has no use in schedule {kind!r}; nearest: 'trapezoid'")
+    if every is not None and kind not in ("cosine", "linear", "exponential"):
+        raise ValueError(f"every={every!r} has no use in schedule {kind!r}; nearest: 'cosine'")
+    if (kind == "exponential") != (decay_factor is not None) or kind == "exponential" and every is None:
+        raise ValueError(f"schedule {kind!r} with decay_factor={decay_factor}, every={every!r}: 'exponential' needs both, others no decay_factor")
     if end_lr and kind in ("constant", "rsqrt"):
         raise ValueError(f"end_lr={end_lr!r} has no use in schedule {kind!r}, which does not end anywhere")
     warm = steps(warmup, total=total_steps)
     if kind == "rsqrt" and not warm:
         raise ValueError("schedule 'rsqrt' needs warmup > 0: its rate is lr * sqrt(warmup / step)")
+    span = max(steps(every, total=total_steps), 1) if every is not None else 0
     start = warm
     if kind == "trapezoid":
         start = steps("80%" if decay_from is None else decay_from, total=total_steps)
@@ -102,13 +110,15 @@ def make_schedule(kind: str = "cosine", *, lr: float, total_steps: int, warmup: 
 
     def schedule(step):
         t = jnp.asarray(step, jnp.float32)
-        part = jnp.clip((t - start) / max(total_steps - start, 1), 0, 1)
+        part = jnp.clip(t // span * span / total_steps if span else (t - start) / max(total_steps - start, 1), 0, 1)
         peak = {"cosine": lambda: end_lr + (lr - end_lr) * 0.5 * (1 + jnp.cos(jnp.pi * part)),
                 "linear": lambda: lr + (end_lr - lr) * part,
                 "trapezoid": lambda: lr + (end_lr - lr) * part,
                 "constant": lambda: jnp.full_like(t, lr),
+                "exponential": lambda: jnp.maximum(lr * decay_factor ** (t // span), end_lr),
                 "rsqrt": lambda: lr * jnp.sqrt(warm / jnp.maximum(t, warm))}[kind]()
-        return jnp.where(t < warm, lr * (t + 1) / max(warm, 1), peak)
+        first = lr * (t + 1) / max(warm, 1) if start_lr is None else start_lr + (lr - start_lr) * t / max(warm, 1)
+        return jnp.where(t < warm, first, peak)
 
     return schedule
 
@@ -388,6 +398,7 @@ def make_optimizer(
     axes: Axes, shapes: Mapping[str, Sequence[int]], *,
     name: str = "adamw", lr: float, total_steps: int,
     schedule: str = "cosine", warmup: int | str = 0, decay_from: int | str | None = None, end_lr: float = 0.0,
+    start_lr: float | None = None, every: int | str | None = None, decay_factor: float | None = None,
     weight_decay: float = 0.0, decay_exclude: Sequence[str] = ("1d",),
     clip_norm: float | None = None,
     groups: Sequence[tuple[str, Mapping[str, Any]]] = (),
@@ -403,7 +414,8 @@ def make_optimizer(
         CoCa's Adafactor (arXiv 2205.01917, app. B: "b1 .9, b2 .999") is momentum=0.9, b2_cap=0.999.
         Muon takes matrices; tables, positions, patch embeddings and stems (``NOT_MUON``), or instead what
         the regexes of ``muon_exclude`` match, and all vectors go to Adam with lr, b1, b2, eps.
-      lr: peak learning rate; ``schedule``, ``warmup``, ``decay_from``, ``end_lr``: see ``make_schedule``.
+      lr: peak learning rate; ``schedule``, ``warmup``, ``decay_from``, ``end_lr``, ``start_lr``, ``every``, ``decay_factor``: see
+        ``make_schedule``.
         Durations may be in any unit of ``steps`` where ``batch`` and ``examples_per_epoch`` are given.
       weight_decay: decoupled, multiplied by the learning rate (as AdamW in torch and optax).
       decay_exclude: what does not decay: "1d" is every leaf of rank 0 or 1 once layers are left out and heads
@@ -440,7 +452,8 @@ def make_optimizer(
     rule_of = {path: rules[group[path]] if path in group else {} for path in paths}
 
     # Rates. Leaves that share a rule share a schedule.
-    whole = dict(kind=schedule, warmup=in_steps(warmup), decay_from=in_steps(decay_from), end_lr=end_lr)
+    whole = dict(kind=schedule, warmup=in_steps(warmup), decay_from=in_steps(decay_from), end_lr=end_lr, start_lr=start_lr,
+                 every=in_steps(every), decay_factor=decay_factor)
 
     def schedule_for(rule):
         own = {"kind" if key == "schedule" else key: rule[key]
