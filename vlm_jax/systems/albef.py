@@ -189,7 +189,7 @@ def build(config: Any) -> System:
         return total, Output({**raw, **metrics}, update={"teacher": teacher, "image": slow_image, "text": slow_text, "ids": image_id})
 
     return System(model, init, loss, {name: functools.partial(fn, model) for name, fn in PREDICT.items() if name != "mlm_logits" or model.with_lm_head},
-                  init_carry, next_carry, {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)})
+                  init_carry, next_carry, {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)}, papers=("2107.07651",))
 
 
 def dropped(context: Context, model: Albef, name: str) -> jax.Array | None:
