@@ -145,12 +145,10 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
         if eval_only:
             if start is None:
                 raise ConfigError(f"--eval_only: {folder} has no good checkpoint to evaluate")
-        else:           # data first: a bad source stops the run before anything is drawn or compiled
+        else:           # data first: a source that is not there stops the run before anything is compiled
             source = stage.open(stage.data.train)
             for setting in settings.values():
                 stage.open(setting.data or stage.data.eval)
-            example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
-                                   length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         if start is None:
             start = 0
             given = init.take_over(init_rules(config, stage, workdir), stage.plan, functools.partial(open_origin, config, workdir),
@@ -171,6 +169,8 @@ def run_stage(config: ConfigDict, stage: Stage, workdir: pathlib.Path, *, eval_o
             console.scores(scores, start)
             return EXIT_DONE
 
+        example = configs.call(pipeline.preview, {}, f"stages.{stage.name}.data", source, stage.tokenizer, size=stage.data.size,
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
