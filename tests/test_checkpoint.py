@@ -102,6 +102,18 @@ def test_donated_buffers_are_copied_before_save_returns(tmp_path):
             assert (np.asarray(restored) == 5 * step).all()
 
 
+def test_only_large_arrays_are_cut_among_the_devices_that_hold_them(tmp_path, caplog):
+    """A cut is a program for every shape and device, compiled at the first save."""
+    small, large = (jax.device_put(np.arange(n, dtype=np.float32), sharding(8)) for n in (48, 2 * checkpoint.SMALLEST_PART))
+    with Checkpointer(tmp_path) as checkpointer, jax.log_compiles():
+        checkpointer.save(1, {"small": small})
+        assert "XLA compilation" not in caplog.text
+        checkpointer.save(2, {"small": small, "large": large})
+        assert "XLA compilation" in caplog.text
+        state, _ = checkpointer.restore(2, {"small": small, "large": large})
+    assert np.array_equal(state["small"], small) and np.array_equal(state["large"], large)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, 10, keep=2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["10", "3"]

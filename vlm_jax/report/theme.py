@@ -50,7 +50,7 @@ def render(draw: Callable[[Figure, Theme], None], theme: Theme, width: float, he
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")     # a box stands for it
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.paper)
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         draw(figure, theme)
-        figure.savefig(out, format="png", facecolor=theme.paper)
+        canvas.print_png(out)       # savefig would lay the figure out once more
     return out.getvalue()
