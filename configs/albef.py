@@ -14,7 +14,7 @@ from vlm_jax import config as c
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPERATURE = ("temp", 0.001, 0.5)
 # salesforce/ALBEF dataset/randaugment.py: two of these with strength 7
-AUGMENT = "random_resized_crop(scale={}..1)|flip|randaugment(n=2, m=7)"
+AUGMENT = "random_resized_crop(scale={}..1)|flip|rand_augment(n=2, m=7)"
 
 
 def get_config(arg=""):

@@ -207,7 +207,7 @@ class StageRun:
             start = self.newest(keeper)
             if eval_only:
                 return self.evaluate_only(start, self.restored(keeper, start, tx) if start is not None else None)
-            data = self.read_data()      # a bad source stops the run before anything is drawn or compiled
+            data = self.open_data()      # a bad source stops the run before anything is drawn or compiled
             state = self.fresh(tx) if start is None else self.restored(keeper, start, tx)
             state, step, stop = self.train(data, state, start or 0, keeper, tx, learning_rate)
             if step < self.total:
@@ -255,22 +255,22 @@ class StageRun:
 
     # ---- training
 
-    def read_data(self) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """(training source, an example of it, fingerprints of all data). Raises ConfigError, BadDataError."""
+    def open_data(self) -> tuple[Any, Mapping[str, Any]]:
+        """(training source, fingerprints of all data). Raises ConfigError."""
         stage = self.stage
         source = stage.open(stage.data.train)
         told = {"train": fingerprint.describe(stage.data.train, source)}
         for name, setting in self.evals.items():
             which = setting.data or stage.data.eval
             told[f"evals.{name}"] = fingerprint.describe(which, stage.open(which))
-        example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
-        return source, example, told
+        return source, told
 
-    def train(self, data: tuple[Any, Mapping[str, Any], Mapping[str, Any]], state: TrainState, start: int, keeper: checkpoint.Checkpointer, tx: Any,
+    def train(self, data: tuple[Any, Mapping[str, Any]], state: TrainState, start: int, keeper: checkpoint.Checkpointer, tx: Any,
               learning_rate: Any) -> tuple[TrainState, int, int | None]:
         """Runs the loop from ``start``; returns the state, the step reached and the signal that stopped it."""
-        stage, folder, (source, example, told) = self.stage, self.folder, data
+        stage, folder, (source, told) = self.stage, self.folder, data
+        example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
