@@ -53,7 +53,7 @@ def test_a_run_that_finds_no_room_ends_with_the_advice(monkeypatch, tmp_path):
     def no_room(*_):
         return jnp.zeros(1 << 45).block_until_ready()
 
-    monkeypatch.setattr(run, "make_optimizer", no_room)      # the first that happens on the mesh
+    monkeypatch.setattr(stage, "make_optimizer", no_room)      # the first that happens on the mesh
     monkeypatch.setattr(memory, "advise", lambda *_: [Trial({}, 1 << 45), Trial({"data.microbatch": 4}, 1 << 44)])
     with pytest.raises(ConfigError, match="17.6 TB: --config.stages.pretrain.data.microbatch=4"):      # main exits with 43
         run.run(tiny("clip"), tmp_path)

@@ -269,6 +269,9 @@ class StageRun:
               learning_rate: Any) -> tuple[TrainState, int, int | None]:
         """Runs the loop from ``start``; returns the state, the step reached and the signal that stopped it."""
         stage, folder, (source, told) = self.stage, self.folder, data
+        if stage.tokenizer is None:
+            raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
+                              "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
                                length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ def make_train_step(system: System, tx: optax.GradientTransformation, key: jax.A
                     ema: float = 0.0) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function from state and global batch to the next state and scalar metrics.
 
-    A step whose loss or gradient is not finite changes only ``step`` and ``bad_steps``.
+    A step whose loss, gradient or statistics are not finite changes only ``step`` and ``bad_steps``.
     ``ema``: decay of the averaged weights, 0 for none.
     """
 
@@ -31,7 +31,7 @@ def make_train_step(system: System, tx: optax.GradientTransformation, key: jax.A
 
         (loss, out), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(out.moving))     # XLA's max may hide a NaN
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         moved = state.replace(
