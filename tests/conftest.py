@@ -31,7 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # A file runs on one worker: the long ones first, so that no worker ends alone with one of them.
-LONGEST = ("test_run", "test_step", "test_parity", "test_importers", "test_importers_hub", "test_systems", "test_load", "test_losses")
+LONGEST = ("test_run", "test_finetune", "test_step", "test_parity", "test_blip", "test_importers", "test_importers_hub", "test_albef", "test_load", "test_claims",
+           "test_own_data", "test_systems", "test_provenance", "test_notebook", "test_probe", "test_memory", "test_losses")
 
 
 def pytest_collection_modifyitems(items):
