@@ -47,22 +47,11 @@ def get_config(arg=""):
 
 
 def finetune(size, tune, task):
-    """Own pairs or class folders. Rates for published weights; what was trained here is small and takes larger ones."""
-    own = size in ("scenes", "small")
-    lr = {"full": 1e-3 if own else 1e-5, "head": 2e-3 if own else 1e-3, "lora": 2e-3 if own else 5e-4}[tune]
-    optim = dict(lr=lr, clamps=(("logit_scale", 0.0, MAX_SCALE),))
-    if own and tune == "full":      # as they were trained
-        optim |= dict(name="muon", muon_lr=0.03, muon_scale="width", momentum=0.95, eps=1e-8, layer_decay=1.0)
-    if task == "classes":
-        evals = dict(zeroshot=dict(kind="zeroshot", data="", examples=0, every="1epoch", options=dict(templates="photo")))
-    else:
-        evals = dict(retrieval=dict(kind="retrieval", data="", examples=2000, every="1epoch"))
+    """Own pairs or class folders."""
     return c.finetune(
-        "clip", tune=tune, heads="(image_head|image_pooler|image/pool|text_head|logit_scale)(/.*)?",
-        loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"),
-        optim=optim, data={},
-        evals=dict(evals, old=dict(kind="retrieval", data="scenes:test", examples=500, every="100epochs", options=dict(captions="first"))) if size == "scenes" else evals,
-        select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0))
+        "clip", size=size, tune=tune, task=task, heads="(image_head|image_pooler|image/pool|text_head|logit_scale)(/.*)?",
+        clamps=(("logit_scale", 0.0, MAX_SCALE),), evals=dict(retrieval=dict(kind="retrieval", data="", examples=2000, every="1epoch")),
+        loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="positives"))
 
 
 def text_tower(kind, variant, **fields):

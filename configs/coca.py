@@ -39,23 +39,12 @@ def get_config(arg=""):
 
 def finetune(size, tune, task):
     """Section 4.2: captioning and retrieval go on with the losses of pre-training at a small rate. Class folders train by
-    their prompts. What was trained here is small and takes larger rates."""
-    own = size in ("scenes", "small")
-    lr = {"full": 1e-3 if own else 1e-5, "head": 2e-3 if own else 1e-3, "lora": 2e-3 if own else 5e-4}[tune]
-    optim = dict(lr=lr, clamps=(("logit_scale", 0.0, MAX_SCALE),))
-    if own and tune == "full":      # as they were trained
-        optim |= dict(name="muon", muon_lr=0.03, muon_scale="width", momentum=0.95, eps=1e-8, layer_decay=1.0)
-    if task == "classes":
-        scored = dict(zeroshot=dict(kind="zeroshot", data="", examples=0, every="1epoch", options=dict(templates="photo")))
-    else:
-        scored = dict(retrieval=dict(kind="retrieval", data="", examples=1000, every="1epoch"), caption=dict(kind="caption", data="", examples=500, every=0))
-    if size == "scenes":
-        scored |= dict(old=dict(kind="retrieval", data="scenes:test", examples=500, every="100epochs", options=dict(captions="first")))
+    their prompts."""
     return c.finetune(
-        "coca", tune=tune, heads="(image_head|text_head|\\w*pooler|logit_scale)(/.*)?",
-        loss=dict(weights=dict(con=1.0, cap=2.0), directions="mean", duplicates="positives"),
-        optim=optim, data={}, evals=scored,
-        select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0))
+        "coca", size=size, tune=tune, task=task, heads="(image_head|text_head|\\w*pooler|logit_scale)(/.*)?",
+        clamps=(("logit_scale", 0.0, MAX_SCALE),),
+        evals=dict(retrieval=dict(kind="retrieval", data="", examples=1000, every="1epoch"), caption=dict(kind="caption", data="", examples=500, every=0)),
+        loss=dict(weights=dict(con=1.0, cap=2.0), directions="mean", duplicates="positives"))
 
 
 def evals(source):

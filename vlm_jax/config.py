@@ -90,21 +90,34 @@ def stages(order: tuple[str, ...], **named: Mapping[str, Any]) -> ConfigDict:
 TUNES = ("full", "head", "lora")
 
 
-def finetune(system: str, *, tune: str, heads: str, optim: Mapping[str, Any], data: Mapping[str, Any], layer_decay: float = 0.75,
+def finetune(system: str, *, size: str, tune: str, task: str, heads: str, clamps: tuple[Any, ...], evals: Mapping[str, Any],
              **sections: Any) -> dict[str, Any]:
     """A stage that goes on from other weights, with their model, sizes and tokenizer (``model="init"``).
 
     tune: what trains. "full": everything, lower layers slower by ``layer_decay`` a layer; "head": what ``heads``
-    (a regex over parameter paths) matches; "lora": adapters beside the blocks' products, and the temperature.
+    (a regex over parameter paths) matches; "lora": adapters beside the blocks' products, and the temperature. size: "scenes" and
+    "small", trained here, take larger rates and the optimizer that they were trained with; "scenes" scores its old task too. task:
+    "captions", scored by ``evals``, or "classes", by zero-shot.
     """
+    own = size in ("scenes", "small")
+    optim = dict(name="adamw", lr={"full": 1e-3 if own else 1e-5, "head": 2e-3 if own else 1e-3, "lora": 2e-3 if own else 5e-4}[tune],
+                 b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05 if tune == "full" else 0.0, schedule="cosine", warmup="10%", clip_norm=1.0,
+                 layer_decay=0.75 if tune == "full" else 1.0, clamps=clamps, ema=0.0, max_bad_steps=10)
+    if own and tune == "full":
+        optim |= dict(name="muon", muon_lr=0.03, muon_scale="width", momentum=0.95, eps=1e-8, layer_decay=1.0)
+    scored = dict(evals)
+    if task == "classes":
+        scored = dict(zeroshot=dict(kind="zeroshot", data="", examples=0, every="1epoch", options=dict(templates="photo")))
+    if size == "scenes":
+        scored["old"] = dict(kind="retrieval", data="scenes:test", examples=500, every="100epochs", options=dict(captions="first"))
     return stage(**{**dict(
         system=system, model="init", init="@pretrain",
         lora=dict(rank=16, alpha=32.0) if tune == "lora" else {},
         trainable={"full": (".*",), "head": (heads,), "lora": (".*/lora_[ab]", "logit_scale")}[tune],
-        optim=dict(dict(name="adamw", b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05 if tune == "full" else 0.0, schedule="cosine", warmup="10%",
-                        clip_norm=1.0, layer_decay=layer_decay if tune == "full" else 1.0, ema=0.0, max_bad_steps=10), **optim),
-        data=dict(dict(train="", eval="", batch=64, microbatch=0, size=0, length=0, tokenizer="", augment="random_resized_crop(scale=0.6..1)",
-                       eval_augment="", caption="", label="", threads=2, prefetch=4, bad_budget=0.01), **data),
+        optim=optim, evals=scored,
+        select=dict(metric="zeroshot/top1" if task == "classes" else "retrieval/text_to_image/R@1", average=1.0),
+        data=dict(train="", eval="", batch=64, microbatch=0, size=0, length=0, tokenizer="", augment="random_resized_crop(scale=0.6..1)",
+                  eval_augment="", caption="", label="", threads=2, prefetch=4, bad_budget=0.01),
         steps="5epochs", checkpoint=dict(every="1epoch", keep=2)), **sections})
 
 

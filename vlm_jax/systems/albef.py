@@ -116,7 +116,7 @@ def build(config: Any) -> System:
     data, tokens = config.data, configs.to_plain(config.model.tokens)
     o = configs.call(build_loss, config.loss, "loss")
     weights = o["weights"]
-    model = configs.call(build_model, {k: v for k, v in config.model.items()}, "model", size=data.size, lm_head=wanted(weights, "mlm"))
+    model = configs.call(build_model, config.model, "model", size=data.size, lm_head=wanted(weights, "mlm"))
     if data.microbatch:
         raise ConfigError(f"data.microbatch={data.microbatch}: negatives are mined from the whole batch; nearest: 0, and model.*.remat for memory")
     if o["queue"] < data.batch:
