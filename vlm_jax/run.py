@@ -234,9 +234,7 @@ class StageRun:
 
     def fresh(self, tx: Any) -> TrainState:
         given = init.take_over(stages.init_rules(self.config, self.stage, self.workdir), self.stage.plan, self.open_origin, f"{self.where}.init")
-        if isinstance(self.stage.config.init, str):      # all of it: slow copies and queues go on as well
-            folder = stages.origin_folder(self.config, self.workdir, self.stage.config.init.rstrip(":"))
-            given |= {f"carry/{p}": x for p, x in stages.read_carry(folder).items()}
+        given |= {f"carry/{p}": x for p, x in stages.init_carry(self.config, self.stage, self.workdir).items()}
         return init.create(self.stage.system, self.stage.plan, tx, self.mesh, jax.random.fold_in(self.key, 0), self.stage.spec,
                            given, self.optim.ema)
 

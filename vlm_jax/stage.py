@@ -34,6 +34,7 @@ from vlm_jax.train.state import merge
 
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
+TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
 NO_ADAPTER = r"(?!.*/lora_\w+$).*"     # where weights come from, adapters were merged
 BEST, RESULT = "best", "result"     # in a stage directory: weights at the best evaluation; the weights that it is for
 
@@ -68,6 +69,12 @@ class Data:
     workers: int = 0
     prefetch: int = 4
     bad_budget: float = 0.01
+    answers: int = 0
+    answer_length: int = 0
+    answer: str = ""
+    images: int = 1
+    classes: tuple[str, ...] = ()
+    swap: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +163,8 @@ class Stage:
     @functools.cached_property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         d = self.data
-        return {"image": jax.ShapeDtypeStruct((d.batch, d.size, d.size, 3), jnp.uint8),
+        several = (d.images,) if d.images > 1 else ()
+        return {"images" if several else "image": jax.ShapeDtypeStruct((d.batch, *several, d.size, d.size, 3), jnp.uint8),
                 "text": jax.ShapeDtypeStruct((d.batch, d.length), jnp.int32),
                 "text_mask": jax.ShapeDtypeStruct((d.batch, d.length), jnp.bool_),
                 "caption_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
@@ -368,20 +376,62 @@ def open_origin(config: ConfigDict, workdir: pathlib.Path, origin: str) -> Mappi
 
 def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[weight_rules.Rule]:
     """The rules of a stage's ``init``. A string among them, or instead of them, is an origin to take every leaf
-    from by its own name; where the resolution differs, image positions are resized as the origin's release does."""
+    from by its own name, or, of another system, by what this one's ``adopt`` says; where the resolution differs, image positions are
+    resized as the origin's release does. Raises ConfigError."""
     given = (stage.config.init,) if isinstance(stage.config.init, str) else stage.config.init
     rules: list[weight_rules.Rule] = []
     for rule in given:
         if not isinstance(rule, str):
+            if len(rule) != 3:
+                raise ConfigError(f"stages.{stage.name}.init rule {tuple(rule)!r} is not (target, source, how); nearest: {(*rule, 'copy')[:3]!r}")
             rules.append(tuple(rule))
             continue
-        record = origin_folder(config, workdir, rule.rstrip(":")) / "import.json"
+        folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
+        record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        source, positions = rule.rstrip(":") + ":", "image/(.*/)?position_embed"
+        positions = "image/(.*/)?position_embed"
         if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
             rules.append((positions, source, resize))
-        rules.append((NO_ADAPTER, source, "copy"))
+        adopted = adoption(stage, folder, rule)
+        if adopted is None:
+            rules.append((NO_ADAPTER, source, "copy"))
+        else:      # a rule for a part that this model lacks says nothing
+            rules += [(target, own if own == weight_rules.FRESH else source + own, how) for target, own, how in adopted
+                      if any(re.fullmatch(target, path) for path in stage.plan.shapes)]
     return rules
+
+
+def adoption(stage: Stage, folder: pathlib.Path, origin: str) -> tuple[weight_rules.Rule, ...] | None:
+    """How a stage starts from the weights in ``folder``: None for leaf by leaf, as where they are of the same model. Raises ConfigError."""
+    section = configs.from_json((folder / "config.json").read_text())
+    if section.system == stage.config.system and (section.system not in stage.system.adopt or section.model == stage.config.model):
+        return None
+    if section.system not in stage.system.adopt:
+        known = [stage.config.system, *stage.system.adopt]
+        raise ConfigError(f"stages.{stage.name}.init={origin!r} is a {section.system!r}, of which a {stage.config.system!r} takes nothing over"
+                          f"{nearest(section.system, known)}")
+    return stage.system.adopt[section.system]
+
+
+def init_carry(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Slow copies and queues that go on: those of the origin where ``init`` is one whole origin. Of another system's, the slow copies,
+    by the same rules as the weights."""
+    origin = stage.config.init
+    if not isinstance(origin, str) or not origin:
+        return {}
+    folder = origin_folder(config, workdir, origin.rstrip(":"))
+    carry, adopted = read_carry(folder), adoption(stage, folder, origin)
+    if adopted is None:
+        return carry
+    sources = {p.removeprefix(TAUGHT): x for p, x in carry.items() if p.startswith(TAUGHT)}
+    if not sources:
+        return {}
+    source = origin.rstrip(":") + ":"
+    rules = [(target, own.removeprefix(source), how) for target, own, how in init_rules(config, stage, workdir)]
+    targets = {p.removeprefix(TAUGHT): x.shape for p, x in carry_shapes(stage).items() if p.startswith(TAUGHT)}
+    found = {p: weight_rules.first_match(rules, p) for p in targets}
+    held = {p: targets[p] for p, rule in found.items() if rule and weight_rules.ROWS.sub(r"\1", rule[1]) in sources}
+    return {TAUGHT + p: weight_rules.value(p, shape, *found[p][1:], sources, "init") for p, shape in held.items()}
 
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -74,6 +74,8 @@ class System:
     init_carry, next_carry, carry_axes: momentum copies and queues; ``carry_axes`` maps a regex
     over carry paths to logical axes (a leaf under ``teacher/`` inherits the axes it shadows).
     papers: arXiv ids of what to cite.
+    adopt: name of another system -> rules (``weight_rules``; sources are that system's paths, "" the target's own) by which a stage whose
+    ``init`` names weights of it starts from them: a head's stage from a pre-trained model. What no rule fills is fresh.
     """
     model: nn.Module
     init: Callable[[jax.Array, Mapping[str, jax.ShapeDtypeStruct]], Variables]
@@ -83,3 +85,4 @@ class System:
     next_carry: Callable[[Carry, Any], Carry] = keep_carry
     carry_axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     papers: tuple[str, ...] = ()
+    adopt: Mapping[str, tuple[tuple[str, str, str], ...]] = dataclasses.field(default_factory=dict)

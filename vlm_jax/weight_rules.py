@@ -3,8 +3,8 @@
 A rule is ``(target, source, how)``: ``target`` a regex over whole target paths, ``source`` a
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
-first axis; "{layer+6}" counts from 6), and a final "[1/3]" for the second of three equal parts of the source along its
-first axis (torch keeps query, key and value in one matrix).
+first axis; "{layer+6}" counts from 6, "{layer*2+6}" by twos), a final "[1/3]" for the second of three equal parts of the source along its
+first axis (torch keeps query, key and value in one matrix), and in ``apply`` a final "[6:12]" for those rows of it: layers of a stack.
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
 rules forwards and backwards. Totals are checked: a rule that matches nothing, a target that nothing
@@ -23,7 +23,8 @@ from vlm_jax.errors import ConfigError, nearest
 
 Rule = tuple[str, str, str]
 FRESH = "fresh"
-LAYER = re.compile(r"\{layer(?:\+(\d+))?\}")
+LAYER = re.compile(r"\{layer(?:\*(\d+))?(?:\+(\d+))?\}")
+ROWS = re.compile(r"(.*)\[(\d+):(\d*)\]")
 
 
 # ---- tables of positions -----------------------------------------------------------------------
@@ -154,10 +155,10 @@ def _names(template: str, shape: Sequence[int]) -> list[str]:
     name = _part(template)[0]
     if not LAYER.search(name):
         return [name]
-    return [LAYER.sub(lambda found, i=i: str(i + int(found[1] or 0)), name) for i in range(shape[0])]
+    return [LAYER.sub(lambda found, i=i: str(i * int(found[1] or 1) + int(found[2] or 0)), name) for i in range(shape[0])]
 
 
-def _first_match(rules: Sequence[Rule], path: str) -> tuple[int, str, str] | None:
+def first_match(rules: Sequence[Rule], path: str) -> tuple[int, str, str] | None:
     """(rule index, expanded source, how) of the first rule for ``path``."""
     for i, (target, source, how) in enumerate(rules):
         match = re.fullmatch(target, path)
@@ -166,8 +167,10 @@ def _first_match(rules: Sequence[Rule], path: str) -> tuple[int, str, str] | Non
     return None
 
 
-def _value(path: str, shape: Sequence[int], template: str, how: str, sources: Mapping[str, np.ndarray], where: str) -> np.ndarray:
+def value(path: str, shape: Sequence[int], template: str, how: str, sources: Mapping[str, np.ndarray], where: str) -> np.ndarray:
     """The target's value. Raises ConfigError where a source is missing or does not fit."""
+    rows = ROWS.fullmatch(template)
+    template = rows[1] if rows else template
     forward, (_, part, parts) = _how(how, where).forward, _part(template)
     stacked = bool(LAYER.search(template))
 
@@ -175,6 +178,8 @@ def _value(path: str, shape: Sequence[int], template: str, how: str, sources: Ma
         if name not in sources:
             raise ConfigError(f"{where}: {path} wants {name!r}, which the source lacks{nearest(name, sources, 5)}")
         x = np.asarray(sources[name])
+        if rows:
+            x = x[int(rows[2]):int(rows[3]) if rows[3] else None]
         try:
             if parts > 1:
                 if not x.ndim or x.shape[0] % parts:
@@ -204,11 +209,11 @@ def apply(rules: Sequence[Rule], targets: Mapping[str, Sequence[int]], sources: 
     out: dict[str, np.ndarray] = {}
     used: set[int] = set()
     for path, shape in targets.items():
-        found = _first_match(rules, path)
+        found = first_match(rules, path)
         if found:
             used.add(found[0])
             if found[1] != FRESH:
-                out[path] = _value(path, shape, found[1], found[2], sources, where)
+                out[path] = value(path, shape, found[1], found[2], sources, where)
     for i, (target, _, _) in enumerate(rules):
         if i not in used:
             raise ConfigError(f"{where}: rule {target!r} matches no parameter{nearest(target, targets, 5)}")
@@ -222,7 +227,7 @@ def import_leaves(rules: Sequence[Rule], ignored: Sequence[str], targets: Mappin
     The table may hold rules for parts that this model lacks; in return every target must be filled,
     and every source consumed or match a regex of ``ignored``. Raises ConfigError naming what is left.
     """
-    matched = {path: _first_match(rules, path) for path in targets}
+    matched = {path: first_match(rules, path) for path in targets}
     lacking = sorted(path for path, found in matched.items() if found is None)
     if lacking:
         raise ConfigError(f"{where}: no rule fills {len(lacking)} parameters of the model, the first: {', '.join(lacking[:3])}")
@@ -231,7 +236,7 @@ def import_leaves(rules: Sequence[Rule], ignored: Sequence[str], targets: Mappin
     unknown = sorted(name for name in left if not any(re.fullmatch(p, name) for p in ignored))
     if unknown:
         raise ConfigError(f"{where}: {len(unknown)} tensors of the file have no place in the model, the first: {', '.join(unknown[:5])}")
-    return {path: _value(path, targets[path], found[1], found[2], sources, where) for path, found in matched.items()}, left
+    return {path: value(path, targets[path], found[1], found[2], sources, where) for path, found in matched.items()}, left
 
 
 def export_leaves(rules: Sequence[Rule], leaves: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
@@ -242,7 +247,7 @@ def export_leaves(rules: Sequence[Rule], leaves: Mapping[str, np.ndarray], where
     parts: dict[str, dict[int, np.ndarray]] = {}
     counts: dict[str, int] = {}
     for path, leaf in leaves.items():
-        found = _first_match(rules, path)
+        found = first_match(rules, path)
         if found is None:
             raise ConfigError(f"{where}: that layout has no place for {path}")
         backward, (_, part, count) = _how(found[2], where).backward, _part(found[1])

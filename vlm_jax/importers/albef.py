@@ -86,9 +86,9 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
     """config.json: what the tensors cannot tell, under the names of the official code's configs."""
     image, text = config.model.image, config.model.text
     (folder / "config.json").write_text(json.dumps(dict(
-        image_res=config.data.size, vision_width=image.width, vision_depth=image.layers, vision_heads=image.heads, embed_dim=config.model.embed,
+        image_res=config.data.size, vision_width=image.width, vision_depth=image.layers, vision_heads=image.heads, embed_dim=config.model.get("embed", 256),
         bert_config=dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, hidden_size=text.width, num_attention_heads=text.heads, intermediate_size=text.mlp_dim,
-                         num_hidden_layers=text.layers, fusion_layer=text.layers - text.cross_layers, vocab_size=config.model.tokens.vocab,
+                         num_hidden_layers=text.layers + (text.cross_layers if text.get("pairing") == "alternate" else 0), fusion_layer=text.layers - text.cross_layers, vocab_size=config.model.tokens.vocab,
                          max_position_embeddings=text.get("positions", 512), type_vocab_size=text.get("token_types", 2), encoder_width=image.width)), indent=1))
 
 

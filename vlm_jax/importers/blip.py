@@ -111,11 +111,6 @@ def original_names(shapes: Shapes) -> list[str]:
 
 def sections_of(shapes: Shapes, hints: Hints, image_heads: int | None, text_heads: int | None) -> dict[str, dict[str, Any]]:
     parts = {"itc": "vision_proj.weight" in shapes, "itm": "itm_head.weight" in shapes, "lm": f"{HEAD}.bias" in shapes}
-    encoder = f"{ENCODER}.{TABLE}" in shapes
-    if any(".crossattention.self0." in name for name in shapes):
-        raise ConfigError("this is a BLIP for pairs of images (NLVR2), which is not supported; nearest: model_base.pth")
-    if parts["lm"] and encoder and not parts["itc"]:
-        raise ConfigError("this is a BLIP for questions (VQA: an encoder and a decoder of their own), which is not supported; nearest: model_base.pth")
     weights = {name: 1.0 for name, there in parts.items() if there}
     if not weights:
         raise ConfigError("the file has no head of BLIP (vision_proj, itm_head, text_decoder.cls): is it of this release?")
@@ -144,7 +139,7 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
     """config.json: what the tensors cannot tell, under the names of the official code's configs."""
     image, text = sizes(vit.VARIANTS, **config.model.image), sizes(tower.VARIANTS, **config.model.text)
     (folder / "config.json").write_text(json.dumps(dict(
-        image_size=config.data.size, vision=dict(width=image["width"], depth=image["layers"], heads=image["heads"]), embed_dim=config.model.embed,
+        image_size=config.data.size, vision=dict(width=image["width"], depth=image["layers"], heads=image["heads"]), embed_dim=config.model.get("embed", 256),
         med_config=dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, hidden_size=text["width"], num_attention_heads=text["heads"],
                         intermediate_size=text["mlp_dim"], num_hidden_layers=text["layers"], vocab_size=config.model.tokens.vocab - 2,
                         max_position_embeddings=text.get("positions", 512), add_cross_attention=True, encoder_width=image["width"])), indent=1))

@@ -35,12 +35,13 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers import albef, bert_tasks, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE)}
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
+FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
 
 
@@ -89,6 +90,9 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
                      layout.licence or stated or provenance.UNKNOWN)
     tensors = read.open_weights(path, prefer=layout.weights_files)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if release in FAMILIES:      # fine-tuned files have layouts of their own
+        release = bert_tasks.tell(shapes, release)
+        layout = RELEASES[release]
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size

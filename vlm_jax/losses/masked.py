@@ -17,11 +17,11 @@ def mask_tokens(key: jax.Array, ids: jax.Array, eligible: jax.Array, *, vocab: i
 
 
 def masked_lm(states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chosen: jax.Array, *, teacher: tuple[jax.Array, jax.Array] | None = None,
-              alpha: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+              alpha: jax.Array | float = 0.0, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over chosen positions: (loss in nats, positions, hits).
 
     loss = (1 - alpha) CE(target) + alpha CE(teacher's distribution). states [b, l, d] @ vocabulary [d, V] are the logits; ``teacher`` has
-    its own states and vocabulary. Logits are in float32.
+    its own states and vocabulary. weight [b]: of each row's loss. Logits are in float32.
     """
     logits = jnp.einsum("bld,dv->blv", states, vocabulary.astype(states.dtype), preferred_element_type=jnp.float32)
     logp = jax.nn.log_softmax(logits)
@@ -30,4 +30,6 @@ def masked_lm(states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chos
         taught = jnp.einsum("bld,dv->blv", teacher[0], teacher[1].astype(teacher[0].dtype), preferred_element_type=jnp.float32)
         soft = -(jax.nn.softmax(jax.lax.stop_gradient(taught)) * logp).sum(-1)
         nll = (1 - alpha) * nll + alpha * soft
+    if weight is not None:
+        nll = nll * weight[:, None]
     return (nll * chosen).sum(), chosen.sum(), ((logits.argmax(-1) == targets) & chosen).sum()

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.nn.block import init_cache, post_stack
+from vlm_jax.errors import nearest
+from vlm_jax.nn.block import init_cache, pair_stack, post_stack
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
@@ -23,6 +24,10 @@ VARIANTS = {
 }
 
 
+PAIRINGS = ("none", "alternate", "twin")
+AVERAGED = 6      # BLIP's twins: so many layers average what they see in two images, those above merge it (models/nlvr_encoder.py)
+
+
 class Bert(nn.Module):
     """ids [b, l] -> states [b, l, width].
 
@@ -32,6 +37,9 @@ class Bert(nn.Module):
     Fields:
       token_types: rows of the table of token types, whose row 0 is added everywhere; 0 for no table (BLIP).
       roles: ("encoder",), or with "decoder" (``nn.block.PostBlock``), which needs cross-attention in all layers.
+      pairing: how the layers with cross-attention look at two memories [b, 2, m, memory_width]: "none" looks at one [b, m, memory_width];
+        "alternate", each is a pair of layers, one beside each memory (``nn.block.PairBlock``, params ``blocks_pair/*``; ALBEF for NLVR2);
+        "twin", each has two cross-attentions, averaged in the lowest ``AVERAGED`` layers, merged above (``blocks_merge/*``; BLIP for NLVR2).
     """
     vocab: int
     width: int
@@ -43,6 +51,7 @@ class Bert(nn.Module):
     cross_layers: int = 0
     memory_width: int | None = None
     roles: tuple[str, ...] = ("encoder",)
+    pairing: str = "none"
     eps: float = 1e-12
     dropout: float = 0.0
     remat: str = "none"
@@ -66,8 +75,17 @@ class Bert(nn.Module):
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, dropout=self.dropout, dtype=self.dtype)
         if self.layers > self.cross_layers:
             self.blocks = post_stack(self.layers - self.cross_layers, self.remat, **fields)
-        if self.cross_layers:
-            self.blocks_cross = post_stack(self.cross_layers, self.remat, memory_width=self.memory_width or self.width, roles=self.roles, **fields)
+        if self.pairing not in PAIRINGS:
+            raise ValueError(f"pairing={self.pairing!r} is not known{nearest(self.pairing, PAIRINGS)}")
+        fields |= dict(memory_width=self.memory_width or self.width, roles=self.roles)
+        if self.pairing == "alternate":
+            self.blocks_pair = pair_stack(self.cross_layers, self.remat, **fields)
+        elif self.pairing == "twin":
+            self.blocks_cross = post_stack(min(AVERAGED, self.cross_layers), self.remat, memories="average", **fields)
+            if self.cross_layers > AVERAGED:
+                self.blocks_merge = post_stack(self.cross_layers - AVERAGED, self.remat, memories="merge", **fields)
+        elif self.cross_layers:
+            self.blocks_cross = post_stack(self.cross_layers, self.remat, **fields)
 
     def embed(self, ids: jax.Array, start: jax.Array | int = 0) -> jax.Array:
         """[b, l] ids that stand at ``start``, start + 1, ... -> [b, l, width]."""
@@ -87,8 +105,13 @@ class Bert(nn.Module):
     def upper(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
               memory_mask: jax.Array | None = None, memory_rows: jax.Array | None = None) -> jax.Array:
         """The layers with cross-attention, on states of ``lower``. memory [n, m, memory_width], memory_mask bool [b, m];
-        memory_rows int [b]: which memory each row looks at, None where they go together."""
-        x = self.blocks_cross(x, keys(mask), memory, keys(memory_mask), None, None, memory_rows)[0] if self.cross_layers else x
+        memory_rows int [b]: which memory each row looks at, None where they go together. With a ``pairing``: memory [b, 2, m, memory_width] alone."""
+        if self.pairing == "alternate":
+            x = self.blocks_pair(x, keys(mask), memory)[0]
+        elif self.cross_layers:
+            x = self.blocks_cross(x, keys(mask), memory, keys(memory_mask), None, None, memory_rows)[0]
+        if self.pairing == "twin" and self.cross_layers > AVERAGED:
+            x = self.blocks_merge(x, keys(mask), memory, None, None, None, None)[0]
         return shard(x, "batch", "length", "act_embed")
 
     def __call__(self, ids: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,

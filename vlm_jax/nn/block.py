@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import nearest
 from vlm_jax.nn.attention import Attention
+from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
@@ -141,6 +142,7 @@ class Stack(nn.Module):
 
 
 ROLES = ("encoder", "decoder")
+MEMORIES = ("one", "average", "merge")
 
 
 class PostBlock(nn.Module):
@@ -150,11 +152,15 @@ class PostBlock(nn.Module):
     causal ``decoder_attn`` and ``decoder_norm1``; all else is shared between them (BLIP's MED). ``memory_width`` None:
     no cross-attention. ``dropout``: of attention weights and of what enters the residual stream, where a stream of
     random keys "dropout" is given.
+
+    ``memories``: "one"; "average" and "merge" look at two of them, [n, 2, m, memory_width], each with a cross-attention of its own
+    (``cross``, ``cross_other``), whose results are averaged, or joined by the linear map ``merge`` (BLIP for NLVR2).
     """
     width: int
     heads: int
     mlp_dim: int
     memory_width: int | None = None
+    memories: str = "one"
     roles: tuple[str, ...] = ("encoder",)
     activation: str = "gelu"
     eps: float = 1e-12
@@ -171,8 +177,14 @@ class PostBlock(nn.Module):
             self.attn, self.norm1 = attention(), norm()
         if "decoder" in self.roles:
             self.decoder_attn, self.decoder_norm1 = attention(causal="causal"), norm()
+        if self.memories not in MEMORIES:
+            raise ValueError(f"memories={self.memories!r} is not known{nearest(self.memories, MEMORIES)}")
         if self.memory_width is not None:
             self.cross, self.norm_cross = attention(kv_width=self.memory_width), norm()
+            if self.memories != "one":
+                self.cross_other = attention(kv_width=self.memory_width)
+            if self.memories == "merge":
+                self.merge = Linear(self.width, ("embed", "embed"), True, nn.initializers.normal(0.02), dtype=self.dtype)
         self.mlp, self.norm2 = Mlp(self.mlp_dim, self.activation, True, "bert", dtype=self.dtype), norm()
         self.drop = nn.Dropout(self.dropout)
 
@@ -191,26 +203,66 @@ class PostBlock(nn.Module):
         return self.run(self.decoder_attn, self.decoder_norm1, x, mask, memory, memory_mask, cache, index, memory_rows)
 
     def run(self, attn, norm1, x, mask, memory, memory_mask, cache, index, memory_rows):
-        def added(x, y, name):
-            return x + checkpoint_name(self.drop(y, deterministic=not self.has_rng("dropout")), name)
-
         cache = None if cache is None else dict(cache)
         own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
         y, own = attn(x, mask=mask, cache=own, index=index)
-        x = norm1(added(x, y, "attn_out"))
+        x = norm1(self.added(x, y, "attn_out"))
         if cache is not None:
             cache.update(own)
         if self.memory_width is not None and (memory is not None or (cache is not None and "memory_key" in cache)):
-            if memory is not None:
-                keys, values = self.cross.project_memory(memory.astype(self.dtype))
-                if memory_rows is not None:
-                    keys, values = keys[memory_rows], values[memory_rows]
-                if cache is not None:
-                    cache.update(memory_key=keys.astype(cache["memory_key"].dtype), memory_value=values.astype(cache["memory_value"].dtype))
+            if self.memories != "one":
+                y = self.look_at_two(x, memory)
             else:
-                keys, values = cache["memory_key"], cache["memory_value"]
-            x = self.norm_cross(added(x, self.cross.attend_cached(x, keys, values, memory_mask), "attn_out"))
-        return self.norm2(added(x, self.mlp(x), "mlp_out")), cache
+                if memory is not None:
+                    keys, values = self.project_memory(memory)
+                    if memory_rows is not None:
+                        keys, values = keys[memory_rows], values[memory_rows]
+                    if cache is not None:
+                        cache.update(memory_key=keys.astype(cache["memory_key"].dtype), memory_value=values.astype(cache["memory_value"].dtype))
+                else:
+                    keys, values = cache["memory_key"], cache["memory_value"]
+                y = self.cross.attend_cached(x, keys, values, memory_mask)
+            x = self.norm_cross(self.added(x, y, "attn_out"))
+        return self.norm2(self.added(x, self.mlp(x), "mlp_out")), cache
+
+    def beside(self, x: jax.Array, mask: jax.Array | None, keys: jax.Array, values: jax.Array) -> jax.Array:
+        """The encoder's role beside the keys and values that another block made of its memory."""
+        x = self.norm1(self.added(x, self.attn(x, mask=mask)[0], "attn_out"))
+        x = self.norm_cross(self.added(x, self.cross.attend_cached(x, keys, values), "attn_out"))
+        return self.norm2(self.added(x, self.mlp(x), "mlp_out"))
+
+    def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[n, m, memory_width] -> keys and values [n, m, h, d] of the cross-attention."""
+        return self.cross.project_memory(memory.astype(self.dtype))
+
+    def look_at_two(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+        first, second = (attention.attend_cached(x, *attention.project_memory(memory[:, i].astype(self.dtype)))
+                         for i, attention in enumerate((self.cross, self.cross_other)))
+        return self.merge(jnp.concatenate([first, second], -1)) if self.memories == "merge" else (first + second) / 2
+
+    def added(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+        return x + checkpoint_name(self.drop(y, deterministic=not self.has_rng("dropout")), name)
+
+
+class PairBlock(nn.Module):
+    """Two post-norm blocks, one beside each of two memories; they share the projections to keys and values, which are those of the first
+    (ALBEF for NLVR2, arXiv 2107.07651, section 4)."""
+    block: Mapping[str, Any]
+
+    def setup(self):
+        self.first, self.second = PostBlock(**self.block), PostBlock(**self.block)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, memory: jax.Array) -> tuple[jax.Array, None]:
+        """x [b, l, width], memory [b, 2, m, memory_width] -> (x, None)."""
+        x = self.first.beside(x, mask, *self.first.project_memory(memory[:, 0]))
+        return self.second.beside(x, mask, *self.first.project_memory(memory[:, 1])), None
+
+
+def pair_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
+    """``layers`` equal pairs of blocks under ``lax.scan``."""
+    block = PairBlock if remat == "none" else nn.remat(PairBlock, policy=REMAT[remat], prevent_cse=False)
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers, in_axes=(nn.broadcast, nn.broadcast),
+                   out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"})(block=fields)
 
 
 def post_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
