@@ -4,7 +4,7 @@ A rule is ``(target, source, how)``: ``target`` a regex over whole target paths,
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
 first axis; "{layer+6}" counts from 6, "{layer*2+6}" by twos), a final "[1/3]" for the second of three equal parts of the source along its
-first axis (torch keeps query, key and value in one matrix), and in ``apply`` a final "[6:12]" for those rows of it: layers of a stack.
+first axis (torch keeps query, key and value in one matrix), and in ``apply`` a final "[6..12]" for those rows of it: layers of a stack.
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
 rules forwards and backwards. Totals are checked: a rule that matches nothing, a target that nothing
@@ -24,7 +24,7 @@ from vlm_jax.errors import ConfigError, nearest
 Rule = tuple[str, str, str]
 FRESH = "fresh"
 LAYER = re.compile(r"\{layer(?:\*(\d+))?(?:\+(\d+))?\}")
-ROWS = re.compile(r"(.*)\[(\d+):(\d*)\]")
+ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)\]")
 
 
 # ---- tables of positions -----------------------------------------------------------------------
