@@ -234,11 +234,11 @@ def test_a_question_s_padding_matters_only_where_it_is_asked_to(blip):
     predict = blip.predict(blip.section)
     longer = {k: np.pad(v, ((0, 0), (0, 3))) for k, v in blip.batch.items()} | {"image": blip.asked["image"]}
     asked = {k: v for k, v in blip.asked.items() if not k.startswith("candidates")}
-    options = dict(method="beam", beams=2, max_length=6)
+    options = dict(method="generate", beams=2, max_length=6)
     np.testing.assert_allclose(predict["answer"](asked, **options)["score"], predict["answer"](longer, **options)["score"], atol=1e-5)
     assert np.abs(predict["answer"](longer, **options)["score"] - predict["answer"](longer, pads="seen", **options)["score"]).max() > 1e-4
     for wrong, message in ((dict(method="rang"), "method='rang' is not known; nearest: 'rank'"), (dict(pads="sean"), "pads='sean' is not known; nearest: 'seen'"),
-                           (dict(method="rank"), r"method='rank' needs candidates \[c, l\]; nearest: method='beam'")):
+                           (dict(method="rank"), r"method='rank' needs candidates \[c, l\]; nearest: method='generate'")):
         with pytest.raises(ConfigError, match=message):
             predict["answer"](asked, **wrong)
 

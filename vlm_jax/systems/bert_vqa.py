@@ -25,7 +25,8 @@ from vlm_jax.system import Batch, Context, Output, System, Variables, run
 TEACHER = ".*"      # every part has a slow copy
 RANKS = ("sequence", "first_and_sequence")
 PADS = ("hidden", "seen")
-METHODS = ("rank", "greedy", "beam", "sample")
+METHODS = ("rank", "generate")
+FIRST = ("model", "bos")
 HEAD = ("lm_head/.*", "", "copy")
 # The answer decoder takes over what read beside the image: ALBEF's upper half, all of BLIP in its decoder's role.
 ADOPT = {
@@ -58,9 +59,9 @@ class AnswerModel(nn.Module):
         """image [b, h, w, 3] -> tokens [b, n, width]."""
         return self.image(normalise(image, self.mean, self.std))
 
-    def ask(self, ids: jax.Array, mask: jax.Array, tokens: jax.Array) -> jax.Array:
-        """A question [b, l] beside its image's tokens -> states [b, l, width]."""
-        return self.text(ids if self.first < 0 else ids.at[:, 0].set(self.first), mask, tokens)
+    def ask(self, ids: jax.Array, mask: jax.Array, tokens: jax.Array, first: str = "model") -> jax.Array:
+        """A question [b, l] beside its image's tokens -> states [b, l, width]. ``first`` "bos" leaves the first token as it is."""
+        return self.text(ids if self.first < 0 or first == "bos" else ids.at[:, 0].set(self.first), mask, tokens)
 
     def write(self, ids: jax.Array, states: jax.Array, seen: jax.Array, rows: jax.Array | None = None) -> jax.Array:
         """Answers [n, l] beside questions' states [b, m, width] -> states of the language head; position t predicts id t + 1.
@@ -173,29 +174,31 @@ def build(config: Any) -> System:
         total, raw = weigh({"answer": total / rows}, {k: w for k, w in o["weights"].items() if wanted(o["weights"], k)})
         return total, Output({**raw, **metrics}, update=update)
 
-    def question(variables: Variables, batch: Batch) -> jax.Array:
-        return apply(variables, AnswerModel.ask, batch["text"], batch["text_mask"], apply(variables, AnswerModel.encode_image, batch["image"]))
+    def question(variables: Variables, batch: Batch, first: str = "model") -> jax.Array:
+        tokens = apply(variables, AnswerModel.encode_image, batch["image"])
+        return apply(variables, functools.partial(AnswerModel.ask, first=first), batch["text"], batch["text_mask"], tokens)
 
-    def answer(variables: Variables, batch: Batch, *, key=None, method: str = "rank", k: int = 128, pads: str = "hidden", beams: int = 3,
-               max_length: int = 10, min_length: int = 1, **options: Any) -> dict[str, jax.Array]:
+    def answer(variables: Variables, batch: Batch, *, key=None, method: str = "rank", k: int = 128, first: str = "model", pads: str = "hidden",
+               beams: int = 3, max_length: int = 10, min_length: int = 1, **options: Any) -> dict[str, jax.Array]:
         """Answers to questions ``text`` [b, l] about ``image``.
 
         method "rank": the best of ``candidates`` int32 [c, l] (with ``candidates_mask``; as the tokenizer gives them), by loss.rank_by, among the ``k``
         whose first token is likeliest. Returns answer int32 [b], an index into the candidates; score fp32 [b]; top int32 [b, k], all that were
-        scored, best first; top_score [b, k]. Other methods ("greedy", "beam", "sample") write one, as ``vlm_jax.decode`` does: text int32
-        [b, max_length], from <bos> on, and score [b]; ``pads`` "seen" lets the decoder look at the padding of questions, as BLIP's code does here.
+        scored, best first; top_score [b, k]. "generate" writes one, by beam search (``beams`` 1: greedily; other options as
+        ``vlm_jax.decode`` has them): text int32 [b, max_length], from <bos> on, and score [b].
+        ``first`` "bos" keeps questions' own first token, as Hugging Face's BLIP does; ``pads`` "seen" lets the decoder look at the padding of
+        questions while it generates, as BLIP's code does there.
         """
-        if method not in METHODS:
-            raise ConfigError(f"method={method!r} is not known{nearest(method, METHODS)}")
-        if pads not in PADS:
-            raise ConfigError(f"pads={pads!r} is not known{nearest(pads, PADS)}")
-        states = question(variables, batch)
+        for name, value, valid in (("method", method, METHODS), ("pads", pads, PADS), ("first", first, FIRST)):
+            if value not in valid:
+                raise ConfigError(f"{name}={value!r} is not known{nearest(value, valid)}")
+        states = question(variables, batch, first)
         if method == "rank":
             if "candidates" not in batch:
-                raise ConfigError("method='rank' needs candidates [c, l]; nearest: method='beam'")
+                raise ConfigError("method='rank' needs candidates [c, l]; nearest: method='generate'")
             return rank(variables, states, batch["text_mask"], batch["candidates"], batch["candidates_mask"], k)
         return written(variables, states, batch["text_mask"] if pads == "hidden" else jnp.ones_like(batch["text_mask"]), key,
-                       dict(options, method=method, beams=beams, max_length=max_length, min_length=min_length))
+                       dict(options, method="beam" if beams > 1 else "greedy", beams=beams, max_length=max_length, min_length=min_length))
 
     def rank(variables: Variables, states, seen, candidates, candidates_mask, k: int):
         rows, k = len(states), min(k, len(candidates))
