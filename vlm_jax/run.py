@@ -273,7 +273,7 @@ class StageRun:
             raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
                               "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, rows=stage.data.rows)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
