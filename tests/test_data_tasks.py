@@ -1,24 +1,26 @@
 """Questions with answers, pairs of images, labels and cleaned text: from published annotation files and from scenes to batches."""
 
+import collections
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data import tokenizers
+from tests import tiny
+from vlm_jax.data import scene_tasks, scenes, tokenizers
 from vlm_jax.data.bad import BadDataError, BadSample
 from vlm_jax.data.batch import GLOSSARY, validate
 from vlm_jax.data.clean import Clean
 from vlm_jax.data.lengths import token_lengths
 from vlm_jax.data.pipeline import eval_batches, preview, train_batches
 from vlm_jax.data.rows import Rows, swap_sides
+from vlm_jax.data.scene_text import NUMBERS, PLACES, judge, parse
 from vlm_jax.data.sources import Mixture, open_source, read_answers
 from vlm_jax.errors import ConfigError
 from vlm_jax.stage import resolve
-
-from tests import tiny
 
 OPTIONS = dict(batch=4, size=8, length=16, augment="squash", seed=1, threads=0)
 TEN = ["two"] * 6 + ["2"] * 2 + ["three", "a red one"]
@@ -260,3 +262,96 @@ def test_a_stage_says_the_shapes_of_what_it_asks_for(tmp_path):
 def test_what_does_not_go_together_is_refused_before_compile(data, message):
     with pytest.raises(ConfigError, match=r"stages\.pretrain\.data: .*" + message):
         stage_of(**data)
+
+# scenes
+
+def says(scene, what):
+    """Whether "a red star", "an object", "three objects" is in a scene: read from the words and the facts alone."""
+    words = what.split()
+    if words[-1] in ("object", "objects") and words[0] in NUMBERS:
+        return len(scene.objects) == NUMBERS.index(words[0])
+    wanted = [word for word in words if word not in ("a", "an", "object")]
+    return any(all(word in (thing.shape, thing.colour, thing.fill) for word in wanted) for thing in scene.objects)
+
+
+def test_statements_about_a_scene_have_their_label_by_the_facts():
+    forms = {"": ("contradiction", "entailment"), "and": ("contradiction", "neutral"), "or": ("neutral", "entailment")}
+    places = "|".join(words for synonyms in PLACES.values() for words in synonyms)
+    seen, unseen = collections.Counter(), re.compile(rf" (and|or) an? \w+ \w+ (?:{places}) the picture$")
+    for split in ("train", "test", "heldout_pair"):
+        source = open_source(f"scenes:{split}/entailment")
+        assert source.classes == ["contradiction", "neutral", "entailment"]
+        for i in range(200):
+            text, label = scene_tasks.statement(source.scene(i))
+            match = unseen.search(text)
+            claim, form = (text[:match.start()], match.group(1)) if match else (text, "")
+            short = re.fullmatch(r"there is (.*) in the picture", claim)
+            true = says(source.scene(i), short.group(1)) if short else judge(source.scene(i), claim)["exact"]
+            assert short or parse(claim).understood
+            assert source.classes[label] == forms[form][true], text
+            seen[form, label, bool(short)] += 1
+    assert len(seen) == 12 and min(seen.values()) >= 15      # each form is true and false, short and a caption
+
+
+def test_statements_about_pairs_have_their_label_by_the_facts():
+    seen = collections.Counter()
+    for split in ("train", "val", "heldout_pair"):
+        source = open_source(f"scenes:{split}/pairs")
+        for i in range(150):
+            left, right, text, label = source.pair(i)
+            assert i in (left.index, right.index) and left.index != right.index
+            sides = {"left": left, "right": right}
+            both = re.fullmatch(r"there (?:is|are) (.*) in the left picture (and|or) in the right picture", text)
+            one = re.fullmatch(r"there (?:is|are) (.*) in the (left|right) picture", text) or re.fullmatch(r"the (left|right) picture shows (.*)", text)
+            if both:
+                form, found = both.group(2), [says(side, both.group(1)) for side in (left, right)]
+                truth = all(found) if form == "and" else any(found)
+            else:
+                what, side = sorted(one.groups(), key=lambda words: words in ("left", "right"))
+                form = "no" if what.startswith("no ") else "one"
+                truth = says(sides[side], what.replace("no ", "a ", 1)) != (form == "no")
+            assert truth == label, text
+            seen[form, label] += 1
+    assert len(seen) == 8 and min(seen.values()) >= 20
+
+
+def test_scene_tasks_are_pure_samples_within_thirty_known_ids(tokenizer):
+    words = set(scenes.vocabulary(300))
+    for task, keys in (("vqa", {"answers", "all_answers", "answer_weights", "kind", "question_id"}), ("entailment", {"label"}), ("pairs", {"label", "images"})):
+        source, again = open_source(f"scenes:val/{task}"), open_source(f"scenes:val/{task}")
+        assert source.name == f"scenes:val/{task}" and len(source) == 1000 and source.fingerprint() == again.fingerprint()
+        for i in (7, 3, 40):
+            sample, other = source[i], again[i]
+            assert sample.keys() == {"key", "image", "text", "json"} | keys
+            assert all(np.array_equal(sample[k], other[k]) for k in ("image", "text", "key"))
+        for i in range(100):
+            text = source.caption(i, source.scene(i))[0]
+            assert len(tokenizer.encode(text)) <= 30 and not set(re.findall("[a-z]+", text)) - words
+    asked = [open_source("scenes:train/vqa")[i] for i in range(100)]
+    kinds = {s["kind"] for s in asked}
+    assert len(kinds) == 8 and all(s["answers"] == s["all_answers"] == read_answers(open_source("scenes:train/vqa"), s["question_id"]) for s in asked)
+    assert any((q.question, q.answer) == (asked[0]["text"][0], asked[0]["answers"][0]) for q in scenes.questions(open_source("scenes:train").scene(0)))
+
+
+def test_scene_tasks_make_batches(tokenizer):
+    pair = open_source("scenes:test/pairs")
+    with eval_batches(pair, tokenizer, batch=4, size=32, length=30, limit=4, rows=Rows(images=2, classes=2)) as batches:
+        (batch, meta), = batches
+    validate(batch)
+    assert batch["images"].shape == (4, 2, 32, 32, 3) and batch["label"].tolist() == [m["label"] for m in meta]
+    with train_batches(open_source("scenes:train/vqa"), tokenizer, **{**OPTIONS, "length": 30}, rows=Rows(answers=1, answer_length=10)) as batches:
+        assert (next(batches)[1]["answer_weight"] == 1).all()
+
+
+@pytest.mark.parametrize("spec,message", [
+    ("train/vqaa", "task 'vqaa'.*nearest: 'vqa'"), ("trian/vqa", "split 'trian'.*nearest: 'train'"), ("noisy/pairs", "noisy/pairs.*nearest: 'train/pairs'"),
+    ("train/", "task ''")])
+def test_a_misspelt_scene_task_names_the_nearest(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(f"scenes:{spec}")
+
+
+def test_classes_in_another_order_than_the_source_are_refused():
+    with pytest.raises(ConfigError, match=r"classes=\('entailment', .*nearest: \('contradiction', 'neutral', 'entailment'\)"):
+        stage_of(classes=("entailment", "neutral", "contradiction")).open("scenes:train/entailment")
+    assert stage_of(classes=("False", "True"), images=2).open("scenes:val/pairs").classes == ["False", "True"]
