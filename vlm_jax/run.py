@@ -349,9 +349,11 @@ class StageRun:
             setting, fitted = self.evals[name], {}
             with self.console.waiting(f"evaluating {name}"):
                 source = stage.open(setting.data or stage.data.eval)
-                if "train_source" in inspect.signature(evals.KINDS[setting.kind]).parameters:
+                takes = inspect.signature(evals.KINDS[setting.kind]).parameters
+                if "train_source" in takes:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
-                    fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
+                    if "train_batches" in takes:
+                        fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
                 result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
                                    tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():

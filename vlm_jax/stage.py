@@ -134,7 +134,7 @@ class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
     every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
-    fitted on, "" for data.train.
+    fitted on, and what frequent answers are counted in, "" for data.train.
     """
     kind: str
     data: Any = ""

@@ -40,6 +40,11 @@ def thumbnail(image: np.ndarray, side: int = THUMBNAIL) -> np.ndarray:
     return np.clip(np.rint(small), 0, 255).astype(np.uint8)
 
 
+def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
+    """The image of a row [h,w,3], or its several images as one [h,n*w,3]."""
+    return np.concatenate(list(batch["images"][row]), axis=1) if "images" in batch else batch["image"][row]
+
+
 @dataclasses.dataclass
 class Images:
     """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
