@@ -176,6 +176,13 @@ def test_pairs_are_classified_with_recall_of_each_class(tokenizer):
     assert out.pictures["captions"][0]["image"].shape == (32, 64, 3)
 
 
+@pytest.mark.parametrize("kind,name", [("retrieval", "embed"), ("caption", "generate")])
+def test_evaluations_of_one_image_refuse_pairs(kind, name, tokenizer):
+    pairs = batches(open_source("scenes:test/pairs"), tokenizer, 2, 2, images=2)
+    with pytest.raises(ConfigError, match=r"the batches have 2 \(data.images\); nearest: kind='classify'"):
+        evals.run(kind, {name: None}, pairs, tokenizer=tokenizer)
+
+
 def test_a_reader_of_the_label_is_right_about_entailment(tokenizer):
     source = open_source("scenes:val/entailment")
     labels = iter([source[i]["label"] for i in range(6)])

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, text_metrics
-from vlm_jax.evals.embed import embed_images, needs, real_rows, thumbnail
+from vlm_jax.evals.embed import embed_images, needs, one_image, real_rows, thumbnail
 from vlm_jax.evals.evaluation import Evaluation, in_turn
 
 
@@ -46,7 +46,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     captions, scores, meta, thumbnails, embeds = [], [], [], [], []
     embed = predict.get("embed") if train_batches is not None else None
     for number, batch in enumerate(batches):
-        inputs = {"image": batch["image"]}
+        inputs = {"image": one_image(batch)}
         if method == "sample":
             options["key"] = _key(seed, number)
         out = generate(inputs, **options)
