@@ -182,7 +182,7 @@ def test_glossary_checks_a_batch():
                             ({"text_mask": np.ones((2, 4), bool)}, "axis 'l' is 4"),
                             ({"caption_id": np.zeros((2, 1), np.int32)}, "expected axes"),
                             ({"image": np.zeros((2, 8, 8, 4), np.uint8)}, "axis 'c' is 4"),
-                            ({"images": good["image"]}, "nearest: 'image'")):
+                            ({"imag": good["image"]}, "nearest: 'image'"), ({"images": good["image"]}, "expected axes")):
         with pytest.raises(ValueError, match=message):
             validate({**good, **change})
     assert all(e.meaning for e in GLOSSARY.values())

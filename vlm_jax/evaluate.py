@@ -6,6 +6,8 @@ python -m vlm_jax.evaluate DIR retrieval --data=tars:val.tar
 python -m vlm_jax.evaluate DIR rerank   --data=tars:val.tar [--k=128 --score=match+cosine]
 python -m vlm_jax.evaluate DIR matching --data=scenes:test
 python -m vlm_jax.evaluate DIR caption  --data=folder:TEST
+python -m vlm_jax.evaluate DIR vqa      --data=jsonl:TEST.json --candidates=answer_list.json [--method=generate]
+python -m vlm_jax.evaluate DIR classify --data=jsonl:TEST.json
 
 Prints each score with chance and a 95% interval; --out=DIR keeps them, and every item's prediction.
 """
@@ -21,14 +23,14 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 
-OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank"}      # flags that one kind has
+OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa"}      # flags that one kind has
 
 
 def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
              **options: Any) -> Any:
     """Runs one evaluation of a loaded model (``vlm_jax.load``) over a source: an ``evals.Evaluation`` with scores and items.
 
-    kind: of ``evals.KINDS``; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe;
+    kind: of ``evals.KINDS``; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe, and for the most frequent answers;
     options: the kind's own, such as ``templates``. Raises ConfigError.
     """
     from vlm_jax import config as configs
@@ -37,7 +39,8 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 
     if kind not in evals.KINDS:
         return evals.run(kind, {}, (), tokenizer=None)      # says which there are
-    fields = {k: v for k, v in (("label", label), ("caption", caption)) if v}
+    own = model.stage.data      # how answers and labels were read in training
+    fields = {k: v for k, v in (("label", label), ("caption", caption), ("answer", own.answer), ("classes", kind == "classify" and own.classes)) if v}
 
     def opened(spec, where):
         if not spec:
@@ -45,9 +48,11 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
         return configs.call(sources.open_source, {}, where, spec, **fields)
 
     source, fitted = opened(data, "--data"), {}
-    if "train_source" in inspect.signature(evals.KINDS[kind]).parameters:
+    takes = inspect.signature(evals.KINDS[kind]).parameters
+    if "train_source" in takes and (train or "train_batches" in takes):
         fitted["train_source"] = opened(train, "--train")
-        fitted["train_batches"] = model.stage.eval_batches(fitted["train_source"], batch, None)
+        if "train_batches" in takes:
+            fitted["train_batches"] = model.stage.eval_batches(fitted["train_source"], batch, None)
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
     model.ids("")     # without a tokenizer no batch can be made
@@ -58,14 +63,16 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "vqa", "classify"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
-    parser.add_argument("--train", default="", help="probe: what to fit on")
+    parser.add_argument("--train", default="", help="probe: what to fit on; vqa: what to count answers in")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")
     parser.add_argument("--caption", default="", help="the caption's field, such as txt or json:title")
     parser.add_argument("--templates", default="", help="zeroshot: prompt templates by name (vlm_jax/evals/prompts.py), photo by default")
     parser.add_argument("--k", type=int, default=0, help="rerank: candidates of a query, 128 by default")
     parser.add_argument("--score", default="", help="rerank: match (default) or match+cosine")
+    parser.add_argument("--candidates", default="", help="vqa: the answers to choose from: a file, one a line, or train:3128 (default) with --train")
+    parser.add_argument("--method", default="", help="vqa: rank (default) or generate")
     parser.add_argument("--examples", type=int, default=0, help="score the first so many samples (default: all)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", default="", help="directory for scores.json and predictions.jsonl")

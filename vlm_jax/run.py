@@ -271,7 +271,7 @@ class StageRun:
             raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
                               "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT)
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, rows=stage.data.rows)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
@@ -347,9 +347,11 @@ class StageRun:
             setting, fitted = self.evals[name], {}
             with self.console.waiting(f"evaluating {name}"):
                 source = stage.open(setting.data or stage.data.eval)
-                if "train_source" in inspect.signature(evals.KINDS[setting.kind]).parameters:
+                takes = inspect.signature(evals.KINDS[setting.kind]).parameters
+                if "train_source" in takes:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
-                    fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
+                    if "train_batches" in takes:
+                        fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
                 result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
                                    tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():

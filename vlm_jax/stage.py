@@ -24,6 +24,7 @@ from vlm_jax import config as configs
 from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
 from vlm_jax.data.order import order_of
+from vlm_jax.data.rows import Rows
 from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import hub
@@ -50,6 +51,13 @@ class Data:
         as a caption, "a photo of a {}" is filled with the name of the class.
     workers: processes that make batches instead of the reader threads, 0 for none.
     bad_budget: the share of samples that may be unreadable before the run stops.
+    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer.
+    answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
+    images: images per row; several are ``images`` in a batch, instead of ``image``.
+    classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
+    swap: "sides": in training, two images change places half of the time, and the words left and right with them.
+    text_clean: how captions and questions are cleaned before they are tokenised (data/clean.py): "albef", "blip", "albef_question",
+        "blip_question", "" for not at all; "blip(40)" keeps 40 words.
     """
     train: Any
     eval: Any
@@ -75,6 +83,17 @@ class Data:
     images: int = 1
     classes: tuple[str, ...] = ()
     swap: str = ""
+    text_clean: str = ""
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """What a row holds beside one image and its text. Raises ValueError for values that do not go together."""
+        if self.swap and self.buckets:
+            raise ValueError(f"swap={self.swap!r} changes how long texts are, which buckets={tuple(self.buckets)} must know; nearest: buckets=()")
+        twice = [name for name in self.classes if list(self.classes).count(name) > 1]
+        if twice:
+            raise ValueError(f"classes={tuple(self.classes)} names {twice[0]!r} twice")
+        return Rows(self.answers, self.answer_length, self.images, len(self.classes), self.swap, self.text_clean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +135,7 @@ class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
     every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
-    fitted on, "" for data.train.
+    fitted on, and what frequent answers are counted in, "" for data.train.
     """
     kind: str
     data: Any = ""
@@ -163,12 +182,16 @@ class Stage:
     @functools.cached_property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         d = self.data
-        several = (d.images,) if d.images > 1 else ()
-        return {"images" if several else "image": jax.ShapeDtypeStruct((d.batch, *several, d.size, d.size, 3), jnp.uint8),
+        answers = (d.batch, d.answers, d.answer_length)
+        own = {"answer": jax.ShapeDtypeStruct(answers, jnp.int32), "answer_mask": jax.ShapeDtypeStruct(answers, jnp.bool_),
+               "answer_weight": jax.ShapeDtypeStruct(answers[:2], jnp.float32)} if d.answers else {}
+        if d.classes:
+            own["label"] = jax.ShapeDtypeStruct((d.batch,), jnp.int32)
+        return {d.rows.image_key: jax.ShapeDtypeStruct(d.rows.image_shape(d.batch, d.size), jnp.uint8),
                 "text": jax.ShapeDtypeStruct((d.batch, d.length), jnp.int32),
                 "text_mask": jax.ShapeDtypeStruct((d.batch, d.length), jnp.bool_),
                 "caption_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
-                "image_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32)}
+                "image_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32), **own}
 
     @functools.cached_property
     def plan(self) -> init.Plan:
@@ -180,14 +203,20 @@ class Stage:
         if not which:
             raise ConfigError(f"stages.{self.name}.data.train and data.eval must name a source, such as "
                               "folder:photos#train, tars:/data/{00000..00099}.tar or scenes:train")
-        options = {k: v for k, v in (("caption", self.data.caption), ("label", self.data.label)) if v}
-        return configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
+        d = self.data
+        options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v}
+        source = configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
+        own = list(getattr(source, "classes", None) or ()) if d.classes else []
+        if own and own != list(d.classes):
+            raise ConfigError(f"stages.{self.name}.data.classes={tuple(d.classes)}: {sources.name_of(source)} has other classes or another order; "
+                              f"nearest: {tuple(own)}")
+        return source
 
     def eval_batches(self, source: Any, batch: int, examples: int | None) -> Iterator[dict[str, Any]]:
         """Batches with ``meta`` beside the arrays, every sample once."""
         with pipeline.eval_batches(source, self.tokenizer, batch=batch, size=self.data.size, length=self.data.length,
                                    augment=self.data.eval_augment or pipeline.EVAL_AUGMENT, limit=examples,
-                                   bad_budget=self.data.bad_budget) as batches:
+                                   bad_budget=self.data.bad_budget, rows=self.data.rows) as batches:
             for arrays, meta in batches:
                 real = iter(meta)
                 yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
@@ -198,7 +227,7 @@ class Stage:
             pipeline.train_batches, {}, f"stages.{self.name}.data", source, self.tokenizer, batch=d.batch, size=d.size,
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
-            buckets=d.buckets, quarantine_path=str(quarantine))
+            buckets=d.buckets, quarantine_path=str(quarantine), rows=d.rows)
 
     def keys_of_step(self, source: Any, step: int) -> list[str]:
         """The samples of training step ``step`` (0-based), before any bad one was replaced."""
@@ -225,6 +254,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     for field in ("batch", "size", "length"):
         if getattr(data, field) < 1:
             raise ConfigError(f"stages.{name}.data.{field}={getattr(data, field)} must be at least 1")
+    configs.call(lambda: data.rows, {}, f"stages.{name}.data")
     configs.call(sources.check_splits, {}, f"stages.{name}.data", data.train, data.eval)
     if data.microbatch and data.batch % data.microbatch:
         divisors = [m for m in range(1, data.batch + 1) if data.batch % m == 0]

@@ -1,4 +1,7 @@
-"""The glossary of batch keys: names, shapes, types, meaning. Axes: b rows, h w pixels, c = 3 colours, l tokens."""
+"""The glossary of batch keys: names, shapes, types, meaning.
+
+Axes: b rows, n images of a row, h w pixels, c = 3 colours, l tokens, a answers of a row, m tokens of an answer.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,15 @@ class Entry(NamedTuple):
 GLOSSARY: Mapping[str, Entry] = {
     "image": Entry(("b", "h", "w", "c"), ("uint8", "float32"),
                    "RGB, 0..255, normalised on the device; float32 means normalised already"),
+    "images": Entry(("b", "n", "h", "w", "c"), ("uint8", "float32"), "several images a row, instead of ``image``"),
     "text": Entry(("b", "l"), ("int32",), "token ids, padded on the right with the tokenizer's pad id"),
     "text_mask": Entry(("b", "l"), ("bool",), "True where a token is real (begin and end included)"),
     "caption_id": Entry(("b",), ("int32",), "31-bit hash of the normalised caption: equal captions, equal ids"),
     "image_id": Entry(("b",), ("int32",), "31-bit hash of the sample's image key"),
+    "answer": Entry(("b", "a", "m"), ("int32",), "token ids of a question's answers, the likeliest first, padded like ``text``"),
+    "answer_mask": Entry(("b", "a", "m"), ("bool",), "True where an answer's token is real; False all along where there is no answer"),
+    "answer_weight": Entry(("b", "a"), ("float32",), "share of those asked who gave this answer; 0 where there is no answer"),
+    "label": Entry(("b",), ("int32",), "number of the class; evaluation only: -1 where there is none"),
     "mask": Entry(("b",), ("bool",), "evaluation only: True for real rows, False for padding and bad samples"),
 }
 

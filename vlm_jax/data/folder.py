@@ -81,7 +81,8 @@ class FolderSource(RecordSource):
     Raises FileNotFoundError where there is no such folder, ValueError where a folder cannot be read or holds nothing usable.
     """
 
-    def __init__(self, path: str, caption: str | None = None, label: str | None = None, classes: Sequence[str] | None = None):
+    def __init__(self, path: str, caption: str | None = None, label: str | None = None, classes: Sequence[str] | None = None,
+                 answer: str | None = None):
         if not path:
             raise ValueError("folder: names no folder; write folder:PATH")
         self.path = path = os.path.expanduser(path).rstrip("/") or "/"
@@ -91,7 +92,7 @@ class FolderSource(RecordSource):
             raise FileNotFoundError(f"{path} is a file, not a folder" if os.path.exists(path) else
                                     f"no folder {path}{nearest(os.path.basename(path), beside) if beside else ''}")
         by_class = caption is not None and "{" in caption
-        super().__init__(f"folder:{path}", caption or "txt", "json:label" if by_class else label, classes)
+        super().__init__(f"folder:{path}", caption or "txt", "json:label" if by_class else label, classes, answer)
         captioned = self._read_folders()
         if not by_class and (caption is not None or label or captioned.any()):
             self._keep_captioned(captioned)

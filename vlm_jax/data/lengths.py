@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.bad import BadSample
+from vlm_jax.data.clean import Clean
 from vlm_jax.data.record import RecordSource
 from vlm_jax.data.sources import Mixture
 from vlm_jax.data.split import Split
@@ -55,39 +56,39 @@ def _opened(parts: Sequence[Any]) -> Lengths:
     return Lengths([p if isinstance(p, np.ndarray) else np.memmap(p, np.uint16, "r") for p in parts])
 
 
-def token_lengths(source: Any, tokenizer: Tokenizer) -> Lengths | None:
-    """The column of a source, None where it has none (see above)."""
+def token_lengths(source: Any, tokenizer: Tokenizer, text_clean: str = "") -> Lengths | None:
+    """The column of a source, None where it has none (see above), of texts cleaned as training reads them (``clean.Clean``)."""
     if isinstance(source, Mixture):
-        parts = [token_lengths(part, tokenizer) for part in source.parts]
+        parts = [token_lengths(part, tokenizer, text_clean) for part in source.parts]
         return None if any(p is None for p in parts) else Lengths([x for p in parts for x in p.parts])
     if isinstance(source, Split) and isinstance(source.source, TarSource):      # the tars' own files serve both sides
-        return Lengths([token_lengths(source.source, tokenizer)[source.rows]])
+        return Lengths([token_lengths(source.source, tokenizer, text_clean)[source.rows]])
     if isinstance(source, TarSource):
-        return Lengths([_of_tar(source, shard, tokenizer) for shard in range(len(source.paths))])
+        return Lengths([_of_tar(source, shard, tokenizer, text_clean) for shard in range(len(source.paths))])
     if isinstance(source, (RecordSource, Split)):
-        return Lengths([_count(source, range(len(source)), tokenizer)])
+        return Lengths([_count(source, range(len(source)), tokenizer, text_clean)])
     return None
 
 
-def _count(source: RecordSource | Split, rows: range, tokenizer: Tokenizer) -> np.ndarray:
-    out = np.zeros(len(rows), np.uint16)
+def _count(source: RecordSource | Split, rows: range, tokenizer: Tokenizer, text_clean: str) -> np.ndarray:
+    out, clean = np.zeros(len(rows), np.uint16), Clean(text_clean, training=True)
     for at, i in enumerate(rows):
         try:
-            out[at] = min(MOST, max((len(tokenizer.encode(text)) for text in source.read_text(i)), default=0))
+            out[at] = min(MOST, max((len(tokenizer.encode(clean(text))) for text in source.read_text(i)), default=0))
         except BadSample:      # told of, and replaced, when it is read
             continue
     return out
 
 
-def _of_tar(source: TarSource, shard: int, tokenizer: Tokenizer) -> np.ndarray:
+def _of_tar(source: TarSource, shard: int, tokenizer: Tokenizer, text_clean: str) -> np.ndarray:
     """A tar's column from its file, which is made where it is missing; memory-mapped where it could be written."""
     rows = source.rows_of(shard)
-    told = repr((source.stamp(shard), str(source.captions), tokenizer.fingerprint()))
+    told = repr((source.stamp(shard), str(source.captions), tokenizer.fingerprint(), *filter(None, [text_clean])))
     places = [f"{place}.{hashlib.sha256(told.encode()).hexdigest()[:16]}.len" for place in source.index_places(shard)]
     for place in places:
         if os.path.isfile(place) and os.path.getsize(place) == 2 * len(rows):
             return np.memmap(place, np.uint16, "r") if len(rows) else np.zeros(0, np.uint16)
-    column = _count(source, rows, tokenizer)
+    column = _count(source, rows, tokenizer, text_clean)
     for place in places:
         temporary = f"{place}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:

@@ -99,7 +99,8 @@ def _rest(source: Any, i: int, row: Any) -> dict[str, Any]:
         source, _ = source.place(i)
     if isinstance(source, Split):
         source = source.source
-    fields = source.fields() if hasattr(source, "fields") else []
+    answer = getattr(source, "answer", None)      # has no member of its own: it stays where it is
+    fields = [field for field in source.fields() if not (answer and field == answer[0])] if hasattr(source, "fields") else []
     told = {getattr(source, "image", None), *(field.path.split("/")[0] for field in fields)}
     rest = {}
     for name, value in (row or {}).items():
@@ -118,6 +119,8 @@ def _read(source: Any, i: int, size: int) -> _Members | BadSample:
         texts = list(sample["text"])
         if not texts:
             raise BadSample("missing_caption")
+        if len(sample.get("images", ())) > 1:
+            raise BadSample("several_images", "a sample of a tar has one")
         kind, image = _encode(sample["image"], size)
         row = _rest(source, i, sample.get("json"))
         sample["key"].encode()

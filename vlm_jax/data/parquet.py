@@ -30,7 +30,7 @@ class ParquetSource(RecordSource):
     """Rows of Parquet files with an image column: Hugging Face's struct of bytes and path, encoded bytes, or paths beside the file.
 
     What is not said is told by the table: ``image`` by the schema (Hugging Face's "Image"), or the usual names; captions by the usual names (text,
-    caption, captions, sentence, sentences), or, where there are classes alone, "a photo of a {}"; ``label`` and ``classes`` by
+    caption, captions, sentence, sentences, question), or, where there are classes alone, "a photo of a {}"; ``label`` and ``classes`` by
     Hugging Face's "ClassLabel", or a column "label". A list of texts is several captions. Fields are written like those of JSON ("json:COLUMN").
 
     Key = the path where the column holds paths, else "FILE/ROW" (with as many folders as tell the files apart).
@@ -38,7 +38,7 @@ class ParquetSource(RecordSource):
     """
 
     def __init__(self, pattern: str, image: str | None = None, caption: str | None = None, label: str | None = None,
-                 classes: Sequence[str] | None = None, threads: int = 8):
+                 classes: Sequence[str] | None = None, threads: int = 8, answer: str | None = None):
         name = f"parquet:{pattern}"
         self.paths = find_files(pattern, "parquet")
         with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
@@ -58,7 +58,7 @@ class ParquetSource(RecordSource):
             classes = features.get(column, {}).get("names")
         if caption is None:
             caption = _default_caption(schema, name, label, classes)
-        super().__init__(name, caption, label, classes)
+        super().__init__(name, caption, label, classes, answer)
         self._text = list(dict.fromkeys(field.path.split("/")[0] for field in self.fields()))
         for path, (other, _) in zip(self.paths, footers):
             for column in (self.image, *self._text):

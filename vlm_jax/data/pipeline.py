@@ -16,9 +16,11 @@ import numpy as np
 from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
+from vlm_jax.data.clean import Clean
 from vlm_jax.data.lengths import Lengths, token_lengths
 from vlm_jax.data.order import generators, order_of
 from vlm_jax.data.reader import Readers
+from vlm_jax.data.rows import PLAIN, Rows, swap_sides, told
 from vlm_jax.data.sources import key_of, name_of, read_text
 from vlm_jax.data.tokenizers import Tokenizer
 from vlm_jax.errors import nearest
@@ -33,10 +35,11 @@ EVAL_AUGMENT = "resize|center_crop"
 class _Reader:
     """Turns samples into rows; counts nothing, shares nothing, safe in many threads."""
 
-    def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int):
+    def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int, rows: Rows = PLAIN, training: bool = False):
         if caption not in CAPTION_CHOICES:
             raise ValueError(f"caption={caption!r} is not a way to choose a caption{nearest(caption, CAPTION_CHOICES)}")
         self.source, self.chain, self.caption, self.max_pixels = source, chain, caption, max_pixels
+        self.rows, self.training, self.clean = rows, training, Clean(rows.text_clean, training)
 
     def fill(self, image: np.ndarray, rows: Sequence[int], indices: Sequence[int],
              rngs: Sequence[np.random.Generator]) -> list[tuple[str, dict[str, Any]] | BadSample]:
@@ -45,7 +48,7 @@ class _Reader:
         All samples are read before the first picture is decoded: short loops stay in the processor's caches, and
         threads seldom wait for each other.
         """
-        pixels, each, found = image.reshape(-1).data, image[0].size, []
+        pixels, each, found = image.reshape(-1).data, image[0].size // self.rows.images, []
         for index, rng in zip(indices, rngs):
             try:
                 found.append(self._read(index, rng))
@@ -54,11 +57,11 @@ class _Reader:
         for i, (row, rng) in enumerate(zip(rows, rngs)):
             if not isinstance(found[i], BadSample):
                 try:
-                    picture = found[i][1]["image"]
-                    if isinstance(picture, bytes):
-                        picture = ops.decode(picture, self.max_pixels)
-                    picture = self.chain.apply(picture, rng)
-                    pixels[row * each:(row + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
+                    for at, picture in enumerate(self.rows.pictures(found[i][1]), row * self.rows.images):
+                        if isinstance(picture, bytes):
+                            picture = ops.decode(picture, self.max_pixels)
+                        picture = self.chain.apply(picture, rng)
+                        pixels[at * each:(at + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
                 except BadSample as error:
                     found[i] = error
         return found
@@ -72,9 +75,18 @@ class _Reader:
         if self.caption == "sample" and len(texts) > 1:
             bounds = np.cumsum(sample.get("text_weight", np.ones(len(texts))))
             text = texts[min(int(np.searchsorted(bounds, rng.random() * bounds[-1], "right")), len(texts) - 1)]
-        if sample["image"] is None:
-            raise BadSample("missing_image")
+        text = self.clean(text)
+        if not text and self.rows.text_clean:
+            raise BadSample("empty_caption", f"nothing is left by text_clean={self.rows.text_clean!r}")
+        pictures = self.rows.pictures(sample)
+        self.rows.check(sample, self.training)
+        if self.rows.swap and self.training and rng.random() < 0.5:
+            text, sample = swap_sides(text), {**sample, "images": pictures[::-1]}
         return text, sample
+
+    def captions(self, sample: dict[str, Any]) -> list[str]:
+        """All captions of a sample as they are read."""
+        return [text for text in map(self.clean, sample["text"]) if text]
 
     def offence(self, index: int, error: BadSample) -> Offence:
         source = self.source
@@ -101,8 +113,9 @@ class _Steps:
         indices = self._indices(step)
         bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
-        image = np.empty((self.batch, size, size, 3), np.uint8)
-        texts, keys, offences, seen = [""] * self.batch, [""] * self.batch, [], 0
+        asked = self.reader.rows
+        image = np.empty(asked.image_shape(self.batch, size), np.uint8)
+        texts, keys, samples, offences, seen = [""] * self.batch, [""] * self.batch, [None] * self.batch, [], 0
         for start in range(0, self.batch, TOGETHER):
             todo = dict(enumerate(indices[start:start + TOGETHER].tolist(), start))     # row -> the sample to try
             for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -114,7 +127,7 @@ class _Steps:
                     if isinstance(sample, BadSample):
                         offences.append((row, self.reader.offence(todo[row], sample)))
                     else:
-                        texts[row], keys[row] = sample[0], sample[1]["key"]
+                        texts[row], keys[row], samples[row] = sample[0], sample[1]["key"], asked.keep(sample[1])
                         del todo[row]
                 if not todo:
                     break
@@ -126,9 +139,9 @@ class _Steps:
             return None, seen, offences
         text, mask, _ = self.tokenizer(texts, self.length)
         length = bucket or self.holding(int(mask.sum(axis=1).max()))
-        return {"image": image, "text": text[:, :length], "text_mask": mask[:, :length],
+        return {asked.image_key: image, "text": text[:, :length], "text_mask": mask[:, :length],
                 "caption_id": np.array([hash31(normalise_caption(t)) for t in texts], np.int32),
-                "image_id": np.array([hash31(k) for k in keys], np.int32)}, seen, offences
+                "image_id": np.array([hash31(k) for k in keys], np.int32), **asked.arrays(samples, self.tokenizer)}, seen, offences
 
     def _indices(self, step: int) -> np.ndarray:
         run, row = divmod(step, self.run)
@@ -196,14 +209,14 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
                   start_step: int = 0, stop_step: int | None = None, threads: int = 2, workers: int = 0, prefetch: int = 4,
                   block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
                   quarantine_path: str | None = None, buckets: Sequence[int] = (),
-                  max_pixels: int = ops.MAX_PIXELS) -> TrainBatches:
+                  max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
     ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
     (``ops.Chain``); ``threads``: reader threads (0 reads in the calling thread); ``workers``: reader processes instead
     of threads; ``prefetch``: batches made ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``:
     "sample" draws one of several captions by their weights, "first" takes the first. A batch is a pure function of
-    (seed, step): threads, processes and restarts do not change it.
+    (seed, step): threads, processes and restarts do not change it. ``rows``: what batches hold beside image and text.
 
     Threads share one interpreter, which decoding and resizing let go of: they do for photographs. Processes pay where
     pictures are small, so that Python is much of the work (docs/results.md), or many threads wait for each other; each has its
@@ -219,9 +232,11 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     """
     if batch < 1 or size < 1 or length < 2 or seed < 0 or workers < 0:
         raise ValueError(f"batch={batch}, size={size}, length={length}, seed={seed}, workers={workers}: at least 1, 1, 2, 0 and 0")
-    reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels)
+    if rows.swap and buckets:
+        raise ValueError(f"swap={rows.swap!r} changes how long texts are, which buckets={tuple(buckets)} must know; nearest: buckets=()")
+    reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels, rows, training=True)
     steps = _Steps(reader, tokenizer, order_of(source, seed, block, window), batch=batch, length=length, seed=seed,
-                   buckets=buckets, lengths=token_lengths(source, tokenizer) if buckets else None)
+                   buckets=buckets, lengths=token_lengths(source, tokenizer, rows.text_clean) if buckets else None)
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return TrainBatches(steps, start_step, stop_step, threads, workers, prefetch, ledger)
 
@@ -244,20 +259,22 @@ class EvalBatches(_Batches):
 
 def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
                  limit: int | None = None, threads: int = 2, prefetch: int = 2, bad_budget: float = 0.01,
-                 quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS) -> EvalBatches:
+                 quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN) -> EvalBatches:
     """Every sample once (the first ``limit``), in index order: an iterator of (batch, meta).
 
     ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are
     counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption. ``meta``
-    has one entry per True row, in order: {"key", "captions" (all of them), "label" (None without), "index"}.
+    has one entry per True row, in order: {"key", "captions" (all of them, as they are read), "label" (None without), "index"}, and where the
+    sample has them "answers" (as given, with repeats), "kind" (of question) and "question_id". ``rows``: what batches hold beside image and
+    text; a sample without answers or label has weights of 0 and -1.
     Bad samples count against ``bad_budget`` as in training.
     """
-    reader = _Reader(source, ops.Chain(augment, size), "first", max_pixels)
+    reader = _Reader(source, ops.Chain(augment, size), "first", max_pixels, rows)
     total = len(source) if limit is None else min(limit, len(source))
 
     def read(number: int):
-        image = np.zeros((batch, size, size, 3), np.uint8)
-        ids = np.zeros((2, batch), np.int32)
+        image = np.zeros(rows.image_shape(batch, size), np.uint8)
+        ids, samples = np.zeros((2, batch), np.int32), [None] * batch
         mask, meta, offences, texts = np.zeros(batch, bool), [], [], []
         indices = range(number * batch, min((number + 1) * batch, total))
         found = reader.fill(image, range(len(indices)), indices, generators(0, np.array(indices), 1))
@@ -269,31 +286,32 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
             mask[row] = True
             texts.append(text)
             ids[:, row] = hash31(normalise_caption(text)), hash31(sample["key"])
-            meta.append({"key": sample["key"], "captions": list(sample["text"]), "label": sample.get("label"),
-                         "index": index})
+            samples[row] = rows.keep(sample)
+            meta.append({"key": sample["key"], "captions": reader.captions(sample), "label": sample.get("label"),
+                         "index": index, **told(sample)})
         text = np.full((batch, length), tokenizer.pad_id, np.int32)
         text_mask = np.zeros((batch, length), bool)
         if texts:
             text[mask], text_mask[mask], _ = tokenizer(texts, length)
-        return ({"image": image, "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
-                 "mask": mask}, meta, len(indices), offences)
+        return ({rows.image_key: image, "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
+                 "mask": mask, **rows.arrays(samples, tokenizer)}, meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return EvalBatches(read, -(-total // batch), threads, prefetch, ledger)
 
 
 def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augment: str = EVAL_AUGMENT,
-            captions: int = 512) -> dict[str, Any]:
+            captions: int = 512, rows: Rows = PLAIN) -> dict[str, Any]:
     """What a run is about to read, for the start-up table: the first readable sample and how captions fit.
 
-    {"key", "image" uint8 [size,size,3], "caption", "ids" (real ones), "decoded" (the ids as text again),
+    {"key", "image" uint8 [size,size,3] (several side by side), "caption", "ids" (real ones), "decoded" (the ids as text again),
     "samples" (in the source), "captions" (looked at), "tokens_mean", "tokens_max", "truncated" (share of the
     captions longer than ``length``)}.
     Captions are of up to ``captions`` samples spread evenly. Raises BadDataError where none of 64 samples can be read.
     """
-    reader = _Reader(source, ops.Chain(augment, size), "first", ops.MAX_PIXELS)
+    reader = _Reader(source, ops.Chain(augment, size), "first", ops.MAX_PIXELS, rows, training=True)
     errors = []
-    image = np.empty((1, size, size, 3), np.uint8)
+    image = np.empty(rows.image_shape(1, size), np.uint8)
     for index in range(min(MAX_ATTEMPTS, len(source))):
         found, = reader.fill(image, [0], [index], generators(0, np.zeros(1, int), 1))
         if not isinstance(found, BadSample):
@@ -306,11 +324,12 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
     tokens = []
     for i in np.unique(np.linspace(0, len(source) - 1, min(captions, len(source))).astype(np.int64)):
         try:
-            tokens += [len(tokenizer.encode(t)) for t in read_text(source, int(i))]
+            tokens += [len(tokenizer.encode(reader.clean(t))) for t in read_text(source, int(i))]
         except BadSample:
             continue
     ids, mask, _ = tokenizer([caption], length)
-    return {"key": sample["key"], "image": image[0], "caption": caption, "ids": ids[0][mask[0]].tolist(),
+    shown = image[0] if rows.images == 1 else np.concatenate(image[0], axis=1)
+    return {"key": sample["key"], "image": shown, "caption": caption, "ids": ids[0][mask[0]].tolist(),
             "decoded": tokenizer.decode(ids[0]), "samples": len(source), "captions": len(tokens),
             "tokens_mean": float(np.mean(tokens)), "tokens_max": int(max(tokens)),
             "truncated": float(np.mean(np.array(tokens) > length))}

@@ -13,8 +13,11 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")      # extensions of the formats that are decoded, in lower case
-IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "file_name", "filename", "filepath", "image_path", "path")
-CAPTION_NAMES = ("text", "caption", "captions", "sentence", "sentences")
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "file_name", "filename", "filepath", "image_path", "path", "images")
+CAPTION_NAMES = ("text", "caption", "captions", "sentence", "sentences", "question")
+ANSWER_NAMES = ("answer", "answers")
+LABEL_NAMES = ("label", "gold_label")
+KIND_NAMES = ("kind", "answer_type", "question_type")      # of a question
 TEMPLATE = "a photo of a {}"      # the caption of what has a class alone
 _TEMPLATE_KIND = "{}"
 
@@ -63,6 +66,24 @@ def parse_captions(text: str) -> tuple[tuple[Field, float], ...]:
     if not out:
         raise ValueError(f"caption={text!r} names no field; write \"txt\", \"json:FIELD\" or \"txt@1;json:title@2\"")
     return tuple(out)
+
+
+def parse_answer(text: str) -> tuple[Field, float]:
+    """"json:answer" or "json:answer@0.5" -> (field, weight of an answer that stands alone). Raises ValueError on anything else."""
+    found = parse_captions(text)
+    if len(found) > 1 or found[0][0].kind == _TEMPLATE_KIND:
+        raise ValueError(f"answer={text!r} is not one field; nearest: 'json:answer' or 'json:answer@0.5'")
+    return found[0]
+
+
+def listed(value: Any) -> Any:
+    """A list that a table's cell holds as text, '["a", "b"]', as a list; anything else as it is."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
 
 
 def and_more(count: int) -> str:
@@ -118,15 +139,19 @@ class RecordSource:
 
     Raw sample: {"key": str, "image": bytes or uint8 [h,w,3] or None, "text": list of captions,
     "text_weight": list of their drawing weights, "label": int (with ``label``), "json": dict (where a field
-    came from one)}. Reading a sample that cannot be used raises BadSample.
+    came from one)}. Where a record has several images, "images" lists them all, and "image" is the first. Where it
+    has answers (with ``answer``): "all_answers" as they were given, "answers" each once, "answer_weights" its share of all, the likeliest
+    first; "kind" and "question_id" of the question where the record says them.
+    Reading a sample that cannot be used raises BadSample.
     """
 
-    def __init__(self, name: str, caption: str, label: str | None = None, classes: Sequence[str] | None = None):
+    def __init__(self, name: str, caption: str, label: str | None = None, classes: Sequence[str] | None = None, answer: str | None = None):
         self.name = name
         self.captions = parse_captions(caption)
         self.label = parse_field(label) if label else None
         if self.label is None and any(field.kind == _TEMPLATE_KIND for field, _ in self.captions):
             raise ValueError(f"caption={caption!r} is filled with the name of the class, but {name} has no label; give label=json:FIELD")
+        self.answer = parse_answer(answer) if answer else None
         self.counts: collections.Counter[str] = collections.Counter()  # left out when the source was opened, by reason
         self.first: dict[str, str] = {}      # of a reason in counts: what was left out first, where that is known
         self._classes = list(classes) if classes is not None else None
@@ -156,8 +181,12 @@ class RecordSource:
         record = self.record(i)
         texts, weights = self._read_captions(record)
         sample = {"key": self.key(i), "image": record.get("image"), "text": texts, "text_weight": weights}
+        if "images" in record:
+            sample["images"] = record["images"]
         if self.label:
             sample["label"] = self._label_id(field_value(record, self.label))
+        if self.answer:
+            sample |= self._read_answers(record)
         if isinstance(record.get("json"), Mapping):
             sample["json"] = record["json"]
         return sample
@@ -165,6 +194,12 @@ class RecordSource:
     def read_text(self, i: int) -> list[str]:
         """The captions of a sample, without reading its image."""
         return self._read_captions(self.record(self._check(i), self._caption_kinds()))[0]
+
+    def read_answers(self, i: int) -> list[str]:
+        """The answers of a sample as they were given, without reading its image; [] where there are none."""
+        if not self.answer:
+            return []
+        return self._read_answers(self.record(self._check(i), (self.answer[0].kind,))).get("all_answers", [])
 
     @property
     def classes(self) -> list[str] | None:
@@ -183,7 +218,8 @@ class RecordSource:
 
     def fields(self) -> list[Field]:
         """The fields that are read from a record."""
-        return [field for field, _ in self.captions if field.kind != _TEMPLATE_KIND] + ([self.label] if self.label else [])
+        return ([field for field, _ in self.captions if field.kind != _TEMPLATE_KIND] + ([self.label] if self.label else [])
+                + ([self.answer[0]] if self.answer else []))
 
     def _raw_label(self, i: int) -> Any:
         try:
@@ -192,11 +228,18 @@ class RecordSource:
             return None
 
     def _label_id(self, value: Any) -> int:
-        if isinstance(value, str) and not value.strip().lstrip("-").isdigit():
-            try:
-                return self.classes.index(value)
-            except (ValueError, AttributeError):
-                raise BadSample("unknown_label", f"{self.label}={value!r}") from None
+        """A number is an id; a word is looked up among the classes, true and false too, which else are 1 and 0."""
+        truth = isinstance(value, (bool, np.bool_))
+        if truth or (isinstance(value, str) and not value.strip().lstrip("-").isdigit()):
+            names, word = (self._classes if truth else self.classes) or [], str(value)
+            if word in names:
+                return names.index(word)
+            lower = [name.lower() for name in names]
+            if lower.count(word.lower()) == 1:
+                return lower.index(word.lower())
+            if word.lower() in ("true", "false"):
+                return int(word.lower() == "true")
+            raise BadSample("unknown_label", f"{self.label}={value!r}")
         if value is None:
             raise BadSample("missing_label", str(self.label))
         return int(value)
@@ -223,3 +266,22 @@ class RecordSource:
             fields = "; ".join(str(field) for field, _ in self.captions)
             raise BadSample("empty_caption" if present else "missing_caption", fields)
         return texts, weights
+
+    def _read_answers(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What a sample says of its answers; {} where the field is absent or empty."""
+        field, alone = self.answer
+        value = listed(field_value(record, field))
+        several = isinstance(value, (list, tuple, np.ndarray))
+        value = [v.get("answer") if isinstance(v, Mapping) else v for v in (value if several else [value])]
+        given = _texts([str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for v in value])
+        if not given:
+            return {}
+        counts = collections.Counter(given).most_common()      # the first of equal counts first
+        found: dict[str, Any] = {"all_answers": given, "answers": [text for text, _ in counts],
+                                 "answer_weights": [count / len(given) for _, count in counts] if several else [alone]}
+        row = record.get(field.kind)
+        if isinstance(row, Mapping):
+            kind = usual(KIND_NAMES, row)
+            found |= {"kind": str(row[kind])} if kind and row[kind] is not None else {}
+            found |= {"question_id": row["question_id"]} if "question_id" in row else {}
+        return found

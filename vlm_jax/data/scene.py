@@ -122,7 +122,7 @@ def _relation(dx: float, dy: float) -> str:
     return "above" if dy < 0 else "below"
 
 
-_STREAMS = ("scene", "picture", "caption", "questions", "swaps", "noise")
+_STREAMS = ("scene", "picture", "caption", "questions", "swaps", "noise", "tasks")
 
 
 def stream(split: str, index: int, purpose: str, seed: int = 0) -> random.Random:

@@ -1,9 +1,11 @@
 """The embedded data set ``scenes``: procedural pictures with captions, questions and boxes, by index.
 
     source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects, noisy
+    source = open_scenes("train/vqa")  # of any split: SPLIT/vqa, SPLIT/entailment, SPLIT/pairs
     source[0]                          # {"key", "image" [64, 64, 3], "text": [caption], "json": ...}
 
-The description of a scene is in `scene`, its picture in `scene_picture`, its words in `scene_text`.
+The description of a scene is in `scene`, its picture in `scene_picture`, its words in `scene_text`,
+the tasks in `scene_tasks`.
 
     python -m vlm_jax.data.scenes show --out=page.png            # a page of pictures with captions
     python -m vlm_jax.data.scenes speed                          # samples a second on one core
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vlm_jax.data import scene_tasks
 from vlm_jax.data.fingerprint import digest, spread
 from vlm_jax.data.scene import (
     CLASSES,
@@ -57,6 +60,7 @@ TOKENIZER = pathlib.Path(__file__).parent / "assets" / "scenes.model"
 LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "heldout_pair": 1000, "heldout_triple": 1000,
            "objects": 1050}
 VIEWS = ("boxes", "questions")
+TASKS = ("vqa", "entailment", "pairs")
 NOISY, NOISE = "noisy", 0.3     # the training scenes with that share of false captions, as alt texts of the web have them
 
 
@@ -129,6 +133,42 @@ class Scenes:
         return swaps(self.scene(i))
 
 
+class SceneTasks(Scenes):
+    """Questions about the scenes of a split, or statements; see `open_scenes`."""
+
+    def __init__(self, split: str, task: str, size: int, count: int):
+        super().__init__(split, size, count, 0.5, (), 0.0)
+        self.task, self.name = task, f"scenes:{split}/{task}"
+        self.classes = {"entailment": list(scene_tasks.ENTAILMENT), "pairs": list(scene_tasks.PAIRS)}.get(task)
+
+    def caption(self, i: int, scene: Scene) -> tuple[str, str]:
+        if self.task == "vqa":
+            return scene_tasks.question(scene).question, ""
+        return (scene_tasks.statement(scene)[0] if self.task == "entailment" else self.pair(i).statement), ""
+
+    def pair(self, i: int) -> scene_tasks.Pair:
+        return scene_tasks.pair(self.split, i, self.count)
+
+    def read_answers(self, i: int) -> list[str]:
+        return [scene_tasks.question(self.scene(i)).answer] if self.task == "vqa" else []
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        scene, key = self.scene(i), self.key(i)
+        if self.task == "pairs":
+            pair = self.pair(i)
+            sides = {"left": pair.left, "right": pair.right}
+            images = [render(side, self.size) for side in sides.values()]
+            return {"key": "+".join(self.key(side.index) for side in sides.values()), "image": images[0], "images": images, "text": [pair.statement],
+                    "label": pair.label, "json": {name: [_facts(thing) for thing in side.objects] for name, side in sides.items()}}
+        sample = {"key": key, "image": render(scene, self.size), "json": {"objects": [_facts(thing) for thing in scene.objects]}}
+        if self.task == "entailment":
+            text, label = scene_tasks.statement(scene)
+            return {**sample, "text": [text], "label": label}
+        asked = scene_tasks.question(scene)
+        return {**sample, "text": [asked.question], "all_answers": [asked.answer], "answers": [asked.answer], "answer_weights": [1.0],
+                "kind": asked.kind, "question_id": i}
+
+
 def _facts(thing: Thing) -> dict[str, Any]:
     return {"shape": thing.shape, "colour": thing.colour, "fill": thing.fill, "size": thing.size,
             "material": thing.material, "x": thing.x, "y": thing.y, "radius": thing.radius}
@@ -147,8 +187,17 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
     index. json then says which (`noise`: "", "other", "lie"), for those who score a filter: batches do not carry it.
     "noisy" is "train" with a noise of 0.3.
 
+    "SPLIT/TASK" is a task about the scenes of a split (`scene_tasks` says how they are made): "vqa" one question of each scene, with its
+    `answers` and `kind`; "entailment" a statement with its label, one of ``ENTAILMENT``; "pairs" two scenes, `images`, and a statement about
+    both that is true or not. `canonical_share`, `views` and `noise` are of the captions and have no use there.
+
     Raises ValueError for an unknown split or view, and for a size, count or share out of range.
     """
+    split, slash, task = split.partition("/")
+    if slash and task not in TASKS:
+        raise ValueError(f"scenes task {task!r} is not known{nearest(task, TASKS)}")
+    if slash and (views or noise or split == NOISY):
+        raise ValueError(f"scenes {split}/{task}: views={tuple(views)} and noise={noise:g} are of captions; nearest: '{SPLITS[0]}/{task}'")
     if split == NOISY:
         split, noise = "train", noise or NOISE
     if split not in SPLITS:
@@ -165,6 +214,8 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
         raise ValueError(f"scenes canonical_share {canonical_share}: must be from 0 to 1")
     if not 0 <= noise < 1:
         raise ValueError(f"scenes noise {noise}: must be from 0 to below 1")
+    if slash:
+        return SceneTasks(split, task, size, count)
     return Scenes(split, size, count, canonical_share, views, noise)
 
 

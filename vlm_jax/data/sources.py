@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -17,7 +18,17 @@ from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest, fingerprint
 from vlm_jax.data.folder import FolderSource
 from vlm_jax.data.parquet import ParquetSource
-from vlm_jax.data.record import CAPTION_NAMES, IMAGE_NAMES, RecordSource, and_more, usual
+from vlm_jax.data.record import (
+    ANSWER_NAMES,
+    CAPTION_NAMES,
+    IMAGE_KINDS,
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    RecordSource,
+    and_more,
+    listed,
+    usual,
+)
 from vlm_jax.data.split import Split, check_sides, parse_split
 from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
@@ -26,13 +37,15 @@ SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds")
 
 
 class TableSource(RecordSource):
-    """Rows that name an image file relative to their own file. Key = that path, so rows about one image share it.
+    """Rows that name an image file, or a list of them, relative to their own file. Key = that path, so rows about one image
+    share it; paths of several are joined by "+". A name without an extension may be that of a .jpg.
 
-    The fields of the image and the caption are those of the usual names (``record.IMAGE_NAMES``, ``CAPTION_NAMES``) where they
-    are not said. Subclasses read the rows.
+    The fields of the image, the caption and the answers are those of the usual names (``record.IMAGE_NAMES``, ``CAPTION_NAMES``,
+    ``ANSWER_NAMES``) where they are not said, and so is that of the label where the classes are. Subclasses read the rows.
     """
 
-    def __init__(self, scheme: str, path: str, image: str | None, caption: str | None, label: str | None, classes: Sequence[str] | None):
+    def __init__(self, scheme: str, path: str, image: str | None, caption: str | None, label: str | None, classes: Sequence[str] | None,
+                 answer: str | None):
         self.path = os.path.expanduser(path)
         if not os.path.isfile(self.path):
             folder = os.path.dirname(self.path) or "."
@@ -40,7 +53,9 @@ class TableSource(RecordSource):
             raise FileNotFoundError(f"no file {path}{nearest(os.path.basename(path), beside) if beside else ''}")
         columns = self._open()
         self.image = image or usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0]
-        super().__init__(f"{scheme}:{path}", caption or f"json:{usual(CAPTION_NAMES, columns) or CAPTION_NAMES[0]}", label, classes)
+        known = {"label": usual(LABEL_NAMES, columns) if classes else None, "answer": usual(ANSWER_NAMES, columns)}
+        label, answer = (said or (f"json:{known[name]}" if known[name] else None) for name, said in (("label", label), ("answer", answer)))
+        super().__init__(f"{scheme}:{path}", caption or f"json:{usual(CAPTION_NAMES, columns) or CAPTION_NAMES[0]}", label, classes, answer)
         for name in [self.image, *(field.path.split("/")[0] for field in self.fields())]:
             if columns and name not in columns:
                 raise ValueError(f"{self.name} has no column {name!r}{nearest(name, columns)}")
@@ -58,42 +73,62 @@ class TableSource(RecordSource):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def key(self, i: int) -> str:
-        return str(self.row(i).get(self.image, f"row {i}"))
+        return self._key_of(self.row(i), i)
+
+    def _key_of(self, row: Mapping[str, Any], i: int) -> str:
+        names = listed(row.get(self.image, f"row {i}"))
+        return "+".join(map(str, names)) if isinstance(names, list) else str(names)
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
         row = self.row(i)
         record: dict[str, Any] = {"json": row}
         if kinds is None:
-            name = row.get(self.image)
-            if not name:
+            names = listed(row.get(self.image))
+            if not names:
                 raise BadSample("missing_image", f"no field {self.image!r}")
-            try:
-                with open(os.path.join(os.path.dirname(self.path), name), "rb") as file:
-                    record["image"] = file.read()
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise BadSample("missing_image", str(name)) from None
+            if isinstance(names, list):
+                record["images"] = [self._image(str(name)) for name in names]
+                record["image"] = record["images"][0]
+            else:
+                record["image"] = self._image(str(names))
         return record
+
+    def _image(self, name: str) -> bytes:
+        plain = os.path.splitext(name)[1][1:].lower() not in IMAGE_KINDS
+        for path in (name, f"{name}.jpg") if plain else (name,):
+            try:
+                with open(os.path.join(os.path.dirname(self.path), path), "rb") as file:
+                    return file.read()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                continue
+        raise BadSample("missing_image", name)
 
 
 class JsonlSource(TableSource):
-    """One JSON object a line, with the path of the image and the caption. Which fields there are is told by the first 64 lines.
+    """One JSON object a line, or one list of objects, with the path of the image and the caption. Which fields there are is told by the first 64.
 
-    Only the lines' offsets are kept in memory (8 bytes each).
+    Only their offsets are kept in memory (8 bytes a line, 16 an object of a list).
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
-                 classes: Sequence[str] | None = None):
-        super().__init__("jsonl", path, image, caption, label, classes)
+                 classes: Sequence[str] | None = None, answer: str | None = None):
+        super().__init__("jsonl", path, image, caption, label, classes, answer)
 
     def _open(self) -> list[str]:
-        starts, at = array.array("q"), 0
         with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    starts.append(at)
-                at += len(line)
-        starts.append(at)
-        self._start = np.frombuffer(starts, np.int64)
+            head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            if head[:1] == b"[":
+                self._start, self._end = _places_in_list(self.path, file.read())
+            else:
+                starts, at = array.array("q"), 0
+                for line in file:
+                    if line.strip():
+                        starts.append(at)
+                    at += len(line)
+                starts.append(at)
+                places = np.frombuffer(starts, np.int64)
+                self._start, self._end = places[:-1], places[1:]
         columns: dict[str, None] = {}
         for i in range(min(64, len(self))):
             try:
@@ -103,7 +138,7 @@ class JsonlSource(TableSource):
         return list(columns)
 
     def __len__(self) -> int:
-        return len(self._start) - 1
+        return len(self._start)
 
     def row(self, i: int) -> Mapping[str, Any]:
         with open(self.path, "rb") as file:
@@ -112,7 +147,7 @@ class JsonlSource(TableSource):
     def _row(self, file: BinaryIO, i: int) -> Mapping[str, Any]:
         file.seek(self._start[i])
         try:
-            row = json.loads(file.read(self._start[i + 1] - self._start[i]))
+            row = json.loads(file.read(self._end[i] - self._start[i]))
         except ValueError as error:
             raise BadSample("bad_json", f"row {i}: {error}") from None
         if not isinstance(row, Mapping):
@@ -121,7 +156,7 @@ class JsonlSource(TableSource):
 
     def _key(self, file: BinaryIO, i: int) -> str:
         try:
-            return str(self._row(file, i).get(self.image, f"row {i}"))
+            return self._key_of(self._row(file, i), i)
         except BadSample:
             return f"row {i}"
 
@@ -135,15 +170,34 @@ class JsonlSource(TableSource):
                 yield self._key(file, i)
 
 
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _places_in_list(path: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of a JSON list begin and end, in bytes. Raises ValueError where it breaks off."""
+    text = content.decode("latin-1")      # a character a byte: JSON's own signs are never part of another character of UTF-8
+    decode, starts, ends = json.JSONDecoder().raw_decode, array.array("q"), array.array("q")
+    at = _BETWEEN.match(text, text.index("[") + 1).end()
+    while text[at:at + 1] != "]":
+        try:
+            _, end = decode(text, at)
+        except ValueError:
+            raise ValueError(f"{path} holds a JSON list that cannot be read at its value {len(starts)}, byte {at} of {len(text)}") from None
+        starts.append(at)
+        ends.append(end)
+        at = _BETWEEN.match(text, end).end()
+    return np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64)
+
+
 class CsvSource(TableSource):
     """A table with a header line (tab-separated where the name ends in .tsv), held in memory.
 
-    The caption and label fields are columns, written like those of JSON ("json:COLUMN").
+    The caption, label and answer fields are columns, written like those of JSON ("json:COLUMN"); a list is written as in JSON.
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
-                 classes: Sequence[str] | None = None):
-        super().__init__("csv", path, image, caption, label, classes)
+                 classes: Sequence[str] | None = None, answer: str | None = None):
+        super().__init__("csv", path, image, caption, label, classes, answer)
 
     def _open(self) -> list[str]:
         with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -167,7 +221,7 @@ class TfdsSource(RecordSource):
     """
 
     def __init__(self, name: str, image: str = "image", caption: str | None = None, label: str | None = None,
-                 classes: Sequence[str] | None = None, data_dir: str | None = None):
+                 classes: Sequence[str] | None = None, data_dir: str | None = None, answer: str | None = None):
         try:
             import tensorflow_datasets as tfds
         except ImportError:
@@ -188,7 +242,7 @@ class TfdsSource(RecordSource):
         feature = features[field] if field in features else None
         if classes is None and getattr(feature, "names", None):
             classes = feature.names
-        super().__init__(f"tfds:{name}", caption, label, classes)
+        super().__init__(f"tfds:{name}", caption, label, classes, answer)
         self.image, self._release = image, f"{builder.info.full_name}:{split or 'train'}"
         self._rows = builder.as_data_source(split=split or "train",
                                             decoders={image: tfds.decode.SkipDecoding()})
@@ -249,6 +303,10 @@ class Mixture:
         source, inner = self.place(i)
         return read_text(source, inner)
 
+    def read_answers(self, i: int) -> list[str]:
+        source, inner = self.place(i)
+        return read_answers(source, inner)
+
 
 def name_of(source: Any) -> str:
     """What a source is called in messages and in the quarantine file."""
@@ -263,6 +321,11 @@ def key_of(source: Any, i: int) -> str:
 def read_text(source: Any, i: int) -> list[str]:
     """A sample's captions, without its image where the source can."""
     return source.read_text(i) if hasattr(source, "read_text") else source[i]["text"]
+
+
+def read_answers(source: Any, i: int) -> list[str]:
+    """A sample's answers as they were given, without its image where the source can; [] where there are none."""
+    return source.read_answers(i) if hasattr(source, "read_answers") else source[i].get("all_answers", [])
 
 
 def left_out(source: Any) -> str:
@@ -303,7 +366,8 @@ def open_source(spec: Any, **options: Any) -> Any:
     that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
     of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
-    "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); jsonl, csv, parquet, tfds: ``image`` (field of the image);
+    "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
+    stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);
     tfds: ``data_dir``. Options that are None are left to the source.
 
     Raises ValueError for an unknown scheme or option (naming the nearest), FileNotFoundError for a missing file.

@@ -94,6 +94,9 @@ class Split:
     def read_text(self, i: int) -> list[str]:
         return self.source.read_text(self._row(i))
 
+    def read_answers(self, i: int) -> list[str]:
+        return self.source.read_answers(self._row(i))
+
     @property
     def classes(self) -> list[str] | None:
         return self.source.classes

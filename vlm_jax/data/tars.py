@@ -417,7 +417,7 @@ class TarSource(RecordSource):
     """
 
     def __init__(self, pattern: str, caption: str | None = None, label: str | None = None,
-                 classes: Sequence[str] | None = None, threads: int = 8):
+                 classes: Sequence[str] | None = None, threads: int = 8, answer: str | None = None):
         self.paths = find_files(pattern)
         with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
             self._indices = list(pool.map(open_index, self.paths))
@@ -432,7 +432,7 @@ class TarSource(RecordSource):
                 if other:
                     raise ValueError(f"tars:{pattern}: {other[0]} was packed with other classes than {self.paths[0]}"
                                      f"{f', and {len(other) - 1} more' if other[1:] else ''}; their labels do not mean the same")
-        super().__init__(f"tars:{pattern}", caption or ("txt;json:captions" if packed else "txt"), label, classes)
+        super().__init__(f"tars:{pattern}", caption or ("txt;json:captions" if packed else "txt"), label, classes, answer)
         self._wanted = set(self._caption_kinds())
         self._kinds = {field.kind for field in self.fields()}
         self._prefixes = [self._prefix(shard) for shard in range(len(self.paths))]

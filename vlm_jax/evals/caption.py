@@ -10,8 +10,8 @@ import numpy as np
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, text_metrics
-from vlm_jax.evals.embed import embed_images, needs, real_rows, thumbnail
-from vlm_jax.evals.evaluation import Evaluation
+from vlm_jax.evals.embed import embed_images, needs, one_image, real_rows, thumbnail
+from vlm_jax.evals.evaluation import Evaluation, in_turn
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
@@ -46,7 +46,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     captions, scores, meta, thumbnails, embeds = [], [], [], [], []
     embed = predict.get("embed") if train_batches is not None else None
     for number, batch in enumerate(batches):
-        inputs = {"image": batch["image"]}
+        inputs = {"image": one_image(batch)}
         if method == "sample":
             options["key"] = _key(seed, number)
         out = generate(inputs, **options)
@@ -155,8 +155,5 @@ def _examples(ours: _Measured, thumbnails, captions, references, shown: int) -> 
     if not good:
         bad.sort(key=lambda i: -ours.each["CIDEr-D"][i])
         bad = bad[:-(-shown // 2)] + bad[-(-shown // 2):][-(shown // 2):]
-    half = shown // 2
-    take_good = good[:max(half, shown - len(bad))]
-    take_bad = bad[:shown - len(take_good)]
     return [{"image": thumbnails[i], "generated": captions[i], "reference": references[i][0], "ok": bool(verdict[i])}
-            for i in take_good + take_bad]
+            for i in in_turn(good, bad, shown)]

@@ -40,6 +40,18 @@ def thumbnail(image: np.ndarray, side: int = THUMBNAIL) -> np.ndarray:
     return np.clip(np.rint(small), 0, 255).astype(np.uint8)
 
 
+def one_image(batch: Mapping[str, Any]) -> np.ndarray:
+    """The images of a batch [b,h,w,3]. Raises ConfigError where a row has several."""
+    if "image" not in batch:
+        raise ConfigError(f"this evaluation reads one image a row, the batches have {batch['images'].shape[1]} (data.images); nearest: kind='classify'")
+    return batch["image"]
+
+
+def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
+    """The image of a row [h,w,3], or its several images as one [h,n*w,3]."""
+    return np.concatenate(list(batch["images"][row]), axis=1) if "images" in batch else batch["image"][row]
+
+
 @dataclasses.dataclass
 class Images:
     """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
@@ -57,13 +69,13 @@ def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]], features
     embeds, tokens, meta, thumbnails, rows, length = [], [], [], [], 0, 0
     for batch in batches:
         keep = real_rows(batch)
-        real = [row for row, _ in keep]
-        embeds.append(np.asarray(embed({"image": batch["image"]})["image_embed"], np.float32)[real])
+        real, image = [row for row, _ in keep], one_image(batch)
+        embeds.append(np.asarray(embed({"image": image})["image_embed"], np.float32)[real])
         if features:
-            tokens.append(np.asarray(features({"image": batch["image"]})["image"])[real])
+            tokens.append(np.asarray(features({"image": image})["image"])[real])
         meta += [m for _, m in keep]
-        thumbnails += [thumbnail(batch["image"][row]) for row, _ in keep[:max(0, GALLERY - len(thumbnails))]]
-        rows = max(rows, len(batch["image"]))
+        thumbnails += [thumbnail(image[row]) for row, _ in keep[:max(0, GALLERY - len(thumbnails))]]
+        rows = max(rows, len(image))
         length = length or (batch["text"].shape[1] if "text" in batch else 0)
     if not meta:
         raise ConfigError("the evaluation source has no samples; nearest: a source of length 1 or more")

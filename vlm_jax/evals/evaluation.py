@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,12 @@ class Evaluation:
     scores: dict[str, float]
     items: list[dict[str, Any]]
     pictures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def in_turn(right: Sequence[int], wrong: Sequence[int], shown: int) -> list[int]:
+    """The first right and the first wrong ones, half each where there are enough; ``shown`` of them at most."""
+    right = list(right[:max(shown // 2, shown - len(wrong))])
+    return right + list(wrong[:shown - len(right)])
 
 
 def write_items(path: str | os.PathLike, items: Iterable[Mapping[str, Any]]) -> None:
