@@ -373,7 +373,7 @@ INHERIT = "init"      # as ``model``: that of the weights which the stage starts
 
 def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
     """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length,
-    tokenizer and eval_augment where they say 0 or "". Raises ConfigError for an origin that is of another system."""
+    tokenizer, eval_augment and text_clean where they say 0 or "". Raises ConfigError for an origin that is of another system."""
     section = ConfigDict(configs.to_plain(config.stages[name]))
     plain = configs.to_plain(section)
     if plain.get("model") != INHERIT:
@@ -394,7 +394,8 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
     if origin.system != section.system:
         raise ConfigError(f"stages.{name}.init={found[0]!r} is a {origin.system!r}, the stage a {section.system!r}; "
                           f"nearest: --config=configs/{origin.system}.py")
-    given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""))
+    given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""),
+                 text_clean=origin.data.get("text_clean", ""))
     data = {**plain["data"], **{key: plain["data"].get(key) or value for key, value in given.items()}}
     return ConfigDict({**plain, "model": configs.to_plain(origin.model), "data": data})
 
