@@ -35,11 +35,11 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers import albef, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE)}
+                                blip.RELEASE, blip.FACE_RELEASE, hf_bert.RELEASE, timm_vit.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 RECORD = "import.json"
 
@@ -92,7 +92,9 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size
-    found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
+    found = None
+    if "tokens" in sections["model"]:
+        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
     config = stage_config(layout, sections, found)
     import jax
 
@@ -142,7 +144,7 @@ def guess_release(folder: pathlib.Path) -> str:
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
     if model:
         return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
-    found = {"clip": "hf_clip", "blip": "hf_blip"}.get(read_json(folder, "config.json").get("model_type"))
+    found = {"clip": "hf_clip", "blip": "hf_blip", "bert": "hf_bert"}.get(read_json(folder, "config.json").get("model_type"))
     if found:
         return found
     raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")

@@ -12,7 +12,7 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
-WORD_PIECES = ("albef", "blip", "hf_blip")      # bert-base-uncased's
+WORD_PIECES = ("albef", "blip", "hf_blip", "hf_bert")      # bert-base-uncased's
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
