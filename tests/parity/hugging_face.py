@@ -2,9 +2,10 @@
 
     pip install -e ".[parity]"
     python -m tests.parity.hugging_face store            renews official_outputs/hf_bert and official_outputs/timm_vit
+    python -m tests.parity.hugging_face exports          transformers opens our exports of its BLIP models
     python -m tests.parity.hugging_face sentences DIR    embeddings of a BERT for sentences (all-MiniLM-L6-v2), mean over its tokens
 
-The last prints the largest difference; exit code 1 where it is above 1e-4.
+The last two print the largest difference from ours; exit code 1 where it is above 1e-4.
 """
 
 import argparse
@@ -76,15 +77,47 @@ def sentences(directory: str) -> float:
     return float(np.abs(ours - theirs).max())
 
 
+def exports() -> dict[str, float]:
+    """Largest difference, by answer, of transformers' models opened from our exports from our own."""
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipImageProcessor
+
+    out = {}
+    for name, kind in (("hf_blip_caption", BlipForConditionalGeneration), ("hf_blip_retrieval", BlipForImageTextRetrieval)):
+        with tempfile.TemporaryDirectory() as work:
+            work = pathlib.Path(work)
+            imported = cli.import_release("hf_blip", str(OUTPUTS / name), work / "in", say=quiet)
+            folder, model, io = cli.export_release("hf_blip", imported, work / "out", say=quiet), vlm_jax.load(imported), np.load(OUTPUTS / name / "io.npz")
+            net = kind.from_pretrained(folder).eval()
+            seen = np.asarray(official.inputs(16, 4, 60, 59, 0, (4,))[0].numpy().transpose(0, 2, 3, 1)[0] * 40 + 128).clip(0, 255).astype(np.uint8)
+            pixels = BlipImageProcessor.from_pretrained(folder)(seen, return_tensors="pt")["pixel_values"].numpy().transpose(0, 2, 3, 1)
+        model_pixels = (model.images(seen) / 255 - np.array(model.config.model.mean)) / np.array(model.config.model.std)
+        out[f"{name}: pixels"] = np.abs(pixels - model_pixels).max()
+        ids, mask, images = (io[f"in_{k}"] for k in ("input_ids", "attention_mask", "images"))
+        batch = {"image": images.transpose(0, 2, 3, 1), "text": ids, "text_mask": mask.astype(bool)}
+        given = dict(pixel_values=torch.from_numpy(images), input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long())
+        with torch.no_grad():
+            if kind is BlipForConditionalGeneration:
+                given["input_ids"][:, 0] = net.config.text_config.bos_token_id      # [DEC]; ours puts it there itself
+                difference = np.abs(net(**given).logits.numpy() - model.predict["caption_logits"](batch)["logits"])
+                out[f"{name}: logits"] = difference[batch["text_mask"]].max()
+                theirs = net.generate(given["pixel_values"], max_length=10, do_sample=False, num_beams=1).numpy()[:, 1:]
+                out[f"{name}: ids"] = (theirs != model.predict["generate"](batch, max_length=10)["text"][:, 1:]).sum()
+            else:
+                out[f"{name}: match"] = np.abs(net(**given).itm_score.numpy() - model.predict["match"](batch, first="cls")["match"]).max()
+                embeds = model.predict["embed"](batch)
+                out[f"{name}: cosine"] = np.abs(net(**given, use_itm_head=False).itm_score.numpy() - embeds["image_embed"] @ embeds["text_embed"].T).max()
+    return {name: float(x) for name, x in out.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity.hugging_face", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("store", "sentences"))
+    parser.add_argument("what", choices=("store", "exports", "sentences"))
     parser.add_argument("directory", nargs="?", default="")
     args = parser.parse_args()
     if args.what == "store":
         store()
         return 0
-    found = {"sentences": sentences(args.directory)}
+    found = exports() if args.what == "exports" else {"sentences": sentences(args.directory)}
     for name, difference in found.items():
         print(f"{name}: largest difference {difference:.1e}")
     return int(max(found.values()) > 1e-4)

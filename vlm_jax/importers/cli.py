@@ -193,6 +193,8 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     sections = configs.to_plain(config)
     table = layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()})
     leaves = {p: x for p, x in leaves.items() if not p.startswith("carry/") or any(re.fullmatch(rule[0], p) for rule in table)}
+    unheld = sorted(set(layout.given) & set(leaves))
+    leaves = {p: x for p, x in leaves.items() if p not in unheld}
     arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
     arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
@@ -204,7 +206,7 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     taken = [name for name in provenance.split_licences(provenance.licence_of(record)) if not (licence and name in card.UNNAMED)]
     licence = provenance.join_licences([*taken, licence])
     card.write_card(out, layout, config, record, licence, read_json(folder, "DONE"))
-    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}")
+    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}" + (f"; left out, as that layout has no place for it: {', '.join(unheld)}" if unheld else ""))
     say(f"licence in {card.CARD}: " + (provenance.licence_line({"licence": licence}) if licence else "none; state one with --licence"))
     return out
 
