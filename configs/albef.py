@@ -41,7 +41,7 @@ def scenes(res):
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
-        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first"))),
+        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first")), grounding=dict(kind="grounding", examples=500)),
         steps=1000, checkpoint=dict(every=500, keep=2))
 
 

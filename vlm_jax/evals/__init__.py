@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.evals import caption, matching, probe, rerank, retrieval, zeroshot
+from vlm_jax.evals import caption, grounding, matching, probe, rerank, retrieval, zeroshot
 from vlm_jax.evals.evaluation import Evaluation, write_items
 
 KINDS: Mapping[str, Callable[..., Evaluation]] = {
-    "caption": caption.evaluate, "matching": matching.evaluate, "probe": probe.evaluate, "rerank": rerank.evaluate,
-    "retrieval": retrieval.evaluate, "zeroshot": zeroshot.evaluate}
+    "caption": caption.evaluate, "grounding": grounding.evaluate, "matching": matching.evaluate, "probe": probe.evaluate,
+    "rerank": rerank.evaluate, "retrieval": retrieval.evaluate, "zeroshot": zeroshot.evaluate}
 
 
 def run(kind: str, predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
