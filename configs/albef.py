@@ -4,7 +4,8 @@ python -m vlm_jax.main --config=configs/albef.py
     The embedded preset: small towers on procedural scenes, a few minutes on 2 CPU cores.
 python -m vlm_jax.main --config=configs/albef.py:base --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=bert:vocab.txt
-    The paper's size and recipe. Start from DeiT and BERT by ``init`` rules, or from ALBEF.pth (importers, release albef).
+    The paper's size and recipe. ":base,vit=DIR,bert=DIR" starts from DeiT and BERT as the paper does (importers, releases timm_vit and
+    hf_bert); --config.stages.pretrain.init=DIR from ALBEF.pth (release albef).
 python -m vlm_jax.main --config=configs/albef.py:base --stage=retrieval --config.stages.retrieval.init=DIR --config.stages.retrieval.data.train=...
     Image-text retrieval at 384 pixels, targets aware of images.
 """
@@ -15,13 +16,17 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 TEMPERATURE = ("temp", 0.001, 0.5)
 # salesforce/ALBEF dataset/randaugment.py: two of these with strength 7
 AUGMENT = "random_resized_crop(scale={}..1)|flip|rand_augment(n=2, m=7)"
+# Section 3.1: BERT's first layers read, its last ones fuse; their cross-attention starts fresh
+FROM_BERT = (("text/blocks/(.*)", r"text/blocks/\1[0/2]", "copy"), ("text/blocks_cross/((attn|norm1|mlp|norm2)/.*)", r"text/blocks/\1[1/2]", "copy"),
+             ("text/(token_embed/table|.*_embed|embed_norm/.*)|lm_head/.*", "", "copy"))
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", "base"), res=0)
+    args = c.parse_arg(arg, size=("scenes", "base"), res=0, vit="", bert="")
+    init = c.from_towers(args.vit, args.bert, FROM_BERT)
     if args.size == "scenes":
-        return c.stages(("pretrain",), pretrain=scenes(args.res or 48), retrieval=scenes_retrieval())
-    return c.stages(("pretrain",), pretrain=base(args.res or 256), retrieval=base_retrieval(args.res or 384))
+        return c.stages(("pretrain",), pretrain=dict(scenes(args.res or 48), init=init), retrieval=scenes_retrieval())
+    return c.stages(("pretrain",), pretrain=dict(base(args.res or 256), init=init), retrieval=base_retrieval(args.res or 384))
 
 
 def scenes(res):
@@ -36,7 +41,7 @@ def scenes(res):
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
         data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
-        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first"))),
+        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first")), grounding=dict(kind="grounding", examples=500)),
         steps=1000, checkpoint=dict(every=500, keep=2))
 
 

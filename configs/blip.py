@@ -4,7 +4,8 @@ python -m vlm_jax.main --config=configs/blip.py
     The embedded preset: small towers on procedural scenes, some ten minutes on 2 CPU cores.
 python -m vlm_jax.main --config=configs/blip.py:base --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=bert:vocab.txt
-    A size of the paper (base, large) with its recipe. Start from DeiT and BERT by ``init`` rules.
+    A size of the paper (base, large) with its recipe. ":base,vit=DIR,bert=DIR" starts from DeiT and BERT as the paper does (importers,
+    releases timm_vit and hf_bert).
 python -m vlm_jax.main --config=configs/blip.py:base --stage=caption --config.stages.caption.init=DIR --config.stages.caption.data.train=... \\
     --config.stages.caption.data.tokenizer=bert:vocab.txt
     The captioner: the decoder alone, at 384 pixels, every caption behind "a picture of". DIR: a stage or an import (--release=blip) of the same size.
@@ -25,18 +26,23 @@ SIZES = {"base": (dict(variant="timm_b16"), 2880, 3e-4, 1e-5, 1e-5), "large": (d
 IMAGES = 14_073_000     # COCO, Visual Genome, SBU, CC3M, CC12M
 RERANK = dict(kind="rerank", options=dict(k=256, score="match+cosine"))     # configs/retrieval_coco.yaml
 BEAMS = dict(method="beam", beams=3, max_length=20, min_length=5)     # configs/caption_coco.yaml
+# Encoder and decoder start from the same layers, cross-attention fresh; rows of [DEC] and [ENC] are new
+FROM_BERT = (("text/blocks_cross/((attn|norm1|mlp|norm2)/.*)", r"text/blocks/\1", "copy"),
+             ("text/blocks_cross/decoder_((attn|norm1)/.*)", r"text/blocks/\1", "copy"), ("text/token_embed/table|lm_head/bias", "", "grow"),
+             ("text/(position_embed|embed_norm/.*)|lm_head/.*", "", "copy"))
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *SIZES), res=0)
+    args = c.parse_arg(arg, size=("scenes", *SIZES), res=0, vit="", bert="")
+    init = c.from_towers(args.vit, args.bert, FROM_BERT)
     if args.size == "scenes":
-        pretrain = scenes(args.res or 48)
+        pretrain = dict(scenes(args.res or 48), init=init)
         tuned = dict(pretrain, model="init", init="@pretrain", optim=dict(pretrain["optim"], lr=5e-4, muon_lr=0.01), steps=200)
         return c.stages(("pretrain",), pretrain=pretrain,
                         caption=dict(tuned, loss=dict(weights=dict(lm=1.0)), optim=dict(tuned["optim"], groups=(), clamps=()), evals=only(pretrain, "caption")),
                         retrieval=dict(tuned, loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, targets="images", mined_by="student"),
                                        evals=only(pretrain, "retrieval", "rerank", "matching")))
-    return c.stages(("pretrain",), pretrain=pretrain_of(args.size, args.res or 224), caption=caption(args.size, args.res or 384),
+    return c.stages(("pretrain",), pretrain=dict(pretrain_of(args.size, args.res or 224), init=init), caption=caption(args.size, args.res or 384),
                     retrieval=retrieval(args.size, args.res or 384))
 
 

@@ -18,6 +18,7 @@ from vlm_jax.importers import cli, read
 from vlm_jax.losses.masked import mask_tokens
 from vlm_jax.losses.matching import matching, mine
 from vlm_jax.losses.momentum import enqueue, lerp, make_queues, momentum_contrastive, other_groups
+from vlm_jax.models import grounding
 from vlm_jax.system import Context
 from vlm_jax.train import init
 from vlm_jax.train.state import merge
@@ -149,6 +150,54 @@ def test_padding_and_the_image_do_not_reach_texts(model):
     real = MASK[:, :20]
     for name in ("text", "fused"):
         np.testing.assert_allclose(padded[name][:, :20][real], short[name][real], atol=1e-5)
+
+
+# ---- grounding
+
+def test_heat_is_the_attention_times_its_gradient_where_that_is_positive(model):
+    """Against weights computed in numpy and differences of the logit, at the first of the stored model's two fusing layers."""
+    text, params = model.stage.system.model.text, model.variables["params"]["text"]
+    found = model.predict["features"]({"image": IMAGE, "text": IDS, "text_mask": MASK})
+    states, memory = found["text"], found["image"]
+    shape = (text.heads, IDS.shape[1], memory.shape[1])
+
+    def watched(nudge):
+        fused, weights = grounding.upper_watched(text, params, states, MASK, memory, 0, nudge)
+        return fused, model.stage.system.model.apply(model.variables, fused, method="match")[:, 1], weights
+
+    fused, logits, weights = jax.device_get(jax.jit(watched)(jnp.zeros((4, *shape))))
+    np.testing.assert_allclose(fused[MASK], found["fused"][MASK], atol=1e-5)
+    np.testing.assert_allclose(logits, IO["out_itm_logits_all"][np.arange(4), np.arange(4), 1], atol=1e-4)
+    own = jax.tree.map(lambda p: np.asarray(p[0], np.float64), params["blocks_cross"])
+
+    def attention(p, x, y, mask):
+        q, k, v = (np.einsum("bld,dhe->blhe", z, p[r]["kernel"]) + p[r]["bias"] for r, z in (("query", x), ("key", y), ("value", y)))
+        scores = np.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(q.shape[-1]) + np.where(mask, 0, -1e9)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        return shares, np.einsum("bhqk,bkhe,hed->bqd", shares, v, p["out"]["kernel"]) + p["out"]["bias"]
+
+    x = states + attention(own["attn"], states, states, MASK[:, None, None])[1]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * own["norm1"]["scale"] + own["norm1"]["bias"]
+    wanted = attention(own["cross"], x, memory.astype(np.float64), True)[0]
+    real = np.broadcast_to(MASK[:, None, :, None], weights.shape)
+    np.testing.assert_allclose(weights[real], wanted[real], atol=1e-5)
+    # one weight at a time is moved, in all rows at once, for they do not meet
+    step, each = 1e-2, jnp.eye(int(np.prod(shape))).reshape(-1, 1, *shape)
+    up, down = (jax.device_get(jax.jit(lambda sign: jax.lax.map(lambda e: watched(sign * step * e)[1], each, batch_size=64))(sign)) for sign in (1.0, -1.0))
+    slope = ((up - down) / (2 * step)).T.reshape(4, *shape)
+    told = np.array([[0 < at < count - 1 for at in range(MASK.shape[1])] for count in MASK.sum(1)])      # no [CLS], no [SEP], no padding
+    cam = (wanted * np.maximum(slope, 0) * told[:, None, :, None]).sum((1, 2))[:, 1:]
+    heat = model.predict["ground"]({"image": IMAGE, "text": IDS, "text_mask": MASK})["heat"]
+    np.testing.assert_allclose(heat, (cam / cam.max(1, keepdims=True)).reshape(heat.shape), atol=1e-2)
+    np.testing.assert_allclose(heat.max((1, 2)), 1, atol=1e-6)
+    # planted: gradients of any sign, or the texts' ends too, give other maps
+    for wrong in (wanted * np.abs(slope) * told[:, None, :, None], wanted * np.maximum(slope, 0)):
+        wrong = wrong.sum((1, 2))[:, 1:]
+        assert np.abs((wrong / wrong.max(1, keepdims=True)).reshape(heat.shape) - heat).max() > 0.05
+    for layer in (1, 3):      # the last one's states of words reach no matching logit
+        with pytest.raises(ConfigError, match=f"layer={layer} cannot be looked into; nearest: 2"):
+            model.predict["ground"]({"image": IMAGE, "text": IDS, "text_mask": MASK}, layer=layer)
 
 
 # ---- losses

@@ -304,6 +304,33 @@ def test_exporting_an_import_gives_the_source_back_bit_for_bit(pretrain, caption
             assert (tensor.dtype, tensor.shape, tensor.read().tobytes()) == (source[key].dtype, source[key].shape, source[key].read().tobytes()), key
 
 
+@pytest.mark.parametrize("name", ["hf_blip_caption", "hf_blip_retrieval"])
+def test_huggingfaces_models_go_out(name, tmp_path):
+    """As they came, bit for bit, with the configs that their loaders read (``python -m tests.parity.hugging_face exports`` calls those)."""
+    told, imported = [], cli.import_release("hf_blip", str(STORED / name), tmp_path / "in", say=lambda line: None)
+    out = cli.export_release("hf_blip", imported, tmp_path / "out", say=told.append)
+    source, back = read.open_weights(STORED / name / "model.safetensors"), read.open_weights(out)
+    assert {n: (t.dtype, t.shape, t.read().tobytes()) for n, t in back.items()} == {n: (t.dtype, t.shape, t.read().tobytes()) for n, t in source.items()}
+    assert any("place for it: temp" in line for line in told) == (name == "hf_blip_retrieval")
+    stated, wanted = (json.loads((folder / "config.json").read_text()) for folder in (out, STORED / name))
+    for key, value in wanted.items():
+        assert stated[key] == value if not isinstance(value, dict) else value.items() <= stated[key].items(), key
+    assert stated["text_config"]["bos_token_id"] == 110 and stated["text_config"]["intermediate_size"] == 24 and stated["vision_config"]["layer_norm_eps"] == 1e-6
+    seen = json.loads((out / "preprocessor_config.json").read_text())
+    assert seen["size"] == {"height": 16, "width": 16} and seen["image_mean"][0] == 0.48145466
+    assert cli.import_release("", str(out), tmp_path / "again", say=lambda line: None) and cli.guess_release(out) == "hf_blip"
+
+
+def test_a_stage_of_both_is_no_model_of_huggingface(pretrain, captioner, tmp_path):
+    with pytest.raises(ConfigError, match=r"loss.weights has itc, itm, lm; nearest: a stage caption or retrieval, or --export=blip"):
+        cli.export_release("hf_blip", pretrain.folder, tmp_path / "pretrain", say=lambda line: None)
+    assert not (tmp_path / "pretrain").exists()
+    out = cli.export_release("hf_blip", captioner.folder, tmp_path / "caption", say=lambda line: None)      # from the official code's layout to theirs
+    again = cli.import_release("hf_blip", str(out), tmp_path / "again", say=lambda line: None)
+    kept = stages.read_weights(again)
+    assert set(kept) == set(captioner.weights) and all(np.array_equal(x, kept[p]) for p, x in captioner.weights.items())
+
+
 def test_files_that_are_no_such_model_are_refused(pretrain):
     tensors = dict(read.open_weights(STORED / "blip_pretrain" / "weights.safetensors").items())
     shapes = {n: t.shape for n, t in tensors.items()}

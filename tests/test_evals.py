@@ -299,6 +299,51 @@ def test_matching_needs_a_source_that_tells_false_captions():
         run("matching", SAMPLES[4:], source=type("None", (), {"swaps": lambda self, i: {}})())
 
 
+# grounding
+
+class Places:
+    name = "places"
+    asked = {0: ("a red circle", (0.5, 0.0, 1.0, 0.5)), 1: ("a blue square", (0.0, 0.5, 0.75, 1.0)), 3: ("a green circle", (0.0, 0.0, 0.5, 1.0)),
+             4: ("the green star", (0.5, 0.5, 1.0, 1.0))}
+
+    def phrase(self, index):
+        return self.asked.get(index)
+
+
+def looks(batch, layer=0):
+    """2 x 2 maps: all heat at the top right, but half of a square's at the bottom right, and none for "the"."""
+    heat = np.zeros((4, 2, 2), np.float32)
+    heat[:, 0, 1] = 1
+    for row, ids in enumerate(batch["text"]):
+        if WORDS.index("square") in ids:
+            heat[row] = [[0, 0], [0.5, 1]] if layer == 8 else [[0, 0.5], [0, 1]]
+        if WORDS.index("the") in ids:
+            heat[row] = 0
+    assert batch["image"].shape[0] == len(batch["text"]) == 4
+    return {"heat": heat}
+
+
+def test_grounding_points_into_boxes():
+    out = run("grounding", predict={"ground": looks}, source=Places())
+    s = out.scores
+    assert [(i["key"], i["hit"], round(i["heat_inside"], 6)) for i in out.items] == [
+        ("k0", True, 1.0), ("k1", True, round(1 / 3, 6)), ("k3", False, 0.0), ("k4", False, 0.0)]
+    assert s["grounding/images"] == 4 and s["grounding/pointing"] == 0.5 and abs(s["grounding/heat_inside"] - (1 + 1 / 3) / 4) < 1e-6
+    chance = (0.25 + 0.375 + 0.5 + 0.25) / 4
+    assert s["grounding/pointing/chance"] == s["grounding/heat_inside/chance"] == chance
+    assert s["grounding/pointing/ci_low"] <= 0.5 <= s["grounding/pointing/ci_high"]
+    assert [(p["phrase"], p["ok"]) for p in out.pictures["grounding"]][:2] == [("a red circle", True), ("a blue square", True)]
+    other = run("grounding", predict={"ground": looks}, source=Places(), layer=8, shown=1)
+    assert abs(other.items[1]["heat_inside"] - 2 / 3) < 1e-6 and len(other.pictures["grounding"]) == 1
+
+
+def test_grounding_needs_a_source_with_boxes():
+    with pytest.raises(ConfigError, match="source None tells no phrases"):
+        run("grounding", predict={"ground": looks})
+    with pytest.raises(ConfigError, match="no image of the source"):
+        run("grounding", SAMPLES[2:3], predict={"ground": looks}, source=type("None", (), {"phrase": lambda self, i: None})())
+
+
 # zero-shot
 
 def test_zeroshot_scores_chance_and_majority():

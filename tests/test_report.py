@@ -35,6 +35,8 @@ PARTS = {
     "neighbours": [{"query": EVIL, "images": [image(2), image(3)], "scores": [0.9, 0.1], "right": [True, False]}],
     "captions": [{"image": image(4), "generated": EVIL, "reference": "ref " + EVIL, "ok": False},
                  {"image": image(5), "generated": "", "reference": "b", "ok": True}],
+    "grounding": [{"image": image(6), "heat": np.eye(3), "box": (0.1, 0.2, 0.6, 0.7), "phrase": EVIL, "ok": True},
+                  {"image": image(7), "heat": np.zeros((3, 3)), "box": (0, 0, 1, 1), "phrase": "b", "ok": False}],
     "config_text": '{"note": "' + EVIL + '"}', "notes": [EVIL]}
 
 
@@ -71,7 +73,7 @@ def whole(tmp_path_factory):
 
 def test_every_picture_is_written_and_readable(whole):
     path, _ = whole
-    assert sorted(p.name for p in path.parent.iterdir()) == ["captions.png", "curves.png", "neighbours.png", "report.html",
+    assert sorted(p.name for p in path.parent.iterdir()) == ["captions.png", "curves.png", "grounding.png", "neighbours.png", "report.html",
                                                              "similarity.png"]
     for picture in path.parent.glob("*.png"):
         pixels = np.asarray(Image.open(picture).convert("L"))
@@ -81,7 +83,7 @@ def test_every_picture_is_written_and_readable(whole):
 def test_the_page_loads_nothing_from_elsewhere_and_has_alt_texts(whole):
     _, page = whole
     sources = [v for _, a in page.attributes for k, v in a.items() if k in ("src", "srcset", "href")]
-    assert len(sources) == 2 * 2 + 2 + 2 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 3 * 2 + 2 + 2 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in page.text[1] and "@import" not in "".join(page.text)
     assert all(a.get("alt") for tag, a in page.attributes if tag == "img")

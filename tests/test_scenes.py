@@ -236,6 +236,18 @@ def test_boxes_hold_the_pixels_of_their_objects():
             assert np.abs(drawn - box).max() <= 1.5
 
 
+def test_a_phrase_names_one_object_and_its_box():
+    source, told = scenes.open_scenes("test"), 0
+    for i in range(200):
+        if found := source.phrase(i):
+            told += 1
+            article, colour, shape = found[0].split()
+            (at,) = [k for k, thing in enumerate(source.scene(i).objects) if (thing.colour, thing.shape) == (colour, shape)]
+            np.testing.assert_allclose(np.array(found[1]) * 64, scenes.boxes(source.scene(i), 64)[at], atol=1e-4)
+            assert article == ("an" if colour == "orange" else "a")
+    assert told > 190
+
+
 def test_pictures_show_the_colour_and_scale_with_size():
     one = next(s for s in SOME if s.objects[0].fill == "solid" and s.objects[0].material == "matte"
                and s.objects[0].shape != "heart")

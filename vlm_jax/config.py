@@ -87,6 +87,16 @@ def stages(order: tuple[str, ...], **named: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(dict(stage_order=tuple(order), stages=dict(named)))
 
 
+def from_towers(vit: str, bert: str, text: tuple[tuple[str, str, str], ...]) -> tuple[tuple[str, str, str], ...]:
+    """``init`` rules of a model whose towers were published alone; "" leaves a tower fresh.
+
+    vit: a directory imported with --release=timm_vit. bert: one with --release=hf_bert, whose leaves go where ``text`` says:
+    (our path, path there or "" for the same, how).
+    """
+    image = (("image/position_embed", f"{vit}:", "resize_positions_border"), ("image/.*", f"{vit}:", "copy")) if vit else ()
+    return image + tuple((target, f"{bert}:{path}", how) for target, path, how in text if bert)
+
+
 TUNES = ("full", "head", "lora")
 
 

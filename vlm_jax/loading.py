@@ -14,6 +14,7 @@ from vlm_jax import config as configs
 from vlm_jax import partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.clean import Clean
 from vlm_jax.data.pipeline import EVAL_AUGMENT
 from vlm_jax.errors import ConfigError
 from vlm_jax.train.state import merge
@@ -44,11 +45,12 @@ class Model:
         return np.stack([self.preprocess(ops.to_image(x), rng) for x in images])
 
     def ids(self, texts: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Strings -> (ids int32 [b, l], mask bool [b, l]). Raises ConfigError without a tokenizer."""
+        """Strings, cleaned as in training -> (ids int32 [b, l], mask bool [b, l]). Raises ConfigError without a tokenizer."""
         if self.tokenizer is None:
             raise ConfigError("this model came without a tokenizer: strings cannot be encoded. Pass ids to "
                               "model.predict[...], or put one into its folder tokenizer/")
-        ids, mask, _ = self.tokenizer([texts] if isinstance(texts, str) else list(texts), self.stage.data.length)
+        clean = Clean(self.stage.data.text_clean)
+        ids, mask, _ = self.tokenizer([clean(text) for text in ([texts] if isinstance(texts, str) else texts)], self.stage.data.length)
         return ids, mask
 
     def _rows(self, name: str, batch: Mapping[str, np.ndarray], size: int, **options: Any) -> dict[str, np.ndarray]:

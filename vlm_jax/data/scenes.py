@@ -132,6 +132,16 @@ class Scenes:
         """For each kind of exchange between two objects of sample `i`: a true caption and a false one; see `scene_text.swaps`."""
         return swaps(self.scene(i))
 
+    def phrase(self, i: int) -> tuple[str, tuple[float, float, float, float]] | None:
+        """The first object of sample `i` whose colour and shape no other has, "a red circle", and its tight box x0, y0, x1, y1 in shares of the
+        picture's sides; None where there is none."""
+        scene = self.scene(i)
+        kinds = [(thing.colour, thing.shape) for thing in scene.objects]
+        for (colour, shape), box in zip(kinds, boxes(scene, 1), strict=True):
+            if kinds.count((colour, shape)) == 1:
+                return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}", tuple(float(v) for v in box)
+        return None
+
 
 class SceneTasks(Scenes):
     """Questions about the scenes of a split, or statements; see `open_scenes`."""

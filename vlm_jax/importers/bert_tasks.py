@@ -188,7 +188,8 @@ def face_release() -> Release:
     def rules(sections, shapes):
         return tuple((target, blip.to_face(source), how) for target, source, how in answer_rules(shapes or WRITTEN, 0))
 
-    return Release("hf_blip_vqa", "bert_vqa", describe, rules, blip.IGNORED, blip.FACE_RELEASE.weights_files, resize="resize_positions_border", ties=ties_of_answers)
+    return Release("hf_blip_vqa", "bert_vqa", describe, rules, blip.IGNORED, blip.FACE_RELEASE.weights_files, blip.write_face_config,
+                   resize="resize_positions_border", ties=ties_of_answers, library=blip.FACE_RELEASE.library, task="visual-question-answering")
 
 
 def tell(shapes: Shapes, family: str) -> str:

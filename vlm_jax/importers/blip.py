@@ -71,6 +71,11 @@ def rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
 
 
 def face_rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
+    """Raises ConfigError for a model that is more or less than one of theirs."""
+    weights = sections["loss"]["weights"]
+    if bool(weights.get("lm")) == bool(weights.get("itm")):
+        raise ConfigError(f"transformers' models caption (lm) or match (itc and itm), loss.weights has {', '.join(k for k, w in weights.items() if w)}; "
+                          "nearest: a stage caption or retrieval, or --export=blip")
     return tuple((target, to_face(source), how) for target, source, how in model_rules(sections["loss"]["weights"]))
 
 
@@ -145,7 +150,32 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
                         max_position_embeddings=text.get("positions", 512), add_cross_attention=True, encoder_width=image["width"])), indent=1))
 
 
+def write_face_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> None:
+    """config.json of a BlipForConditionalGeneration, BlipForImageTextRetrieval or BlipForQuestionAnswering, and preprocessor_config.json."""
+    image, text, tokens = sizes(vit.VARIANTS, **config.model.image), sizes(tower.VARIANTS, **config.model.text), config.model.tokens
+
+    def common(found, eps):
+        return dict(hidden_size=found["width"], intermediate_size=found["mlp_dim"], num_hidden_layers=found["layers"], num_attention_heads=found["heads"],
+                    hidden_act="gelu", layer_norm_eps=found.get("eps", eps))
+
+    kind = "ConditionalGeneration" if f"{ENCODER}.{TABLE}" not in names else "QuestionAnswering" if f"{HEAD}.bias" in names else "ImageTextRetrieval"
+    if kind == "QuestionAnswering" and image["width"] != text["width"]:
+        raise ConfigError(f"--export=hf_blip_vqa: transformers' answer decoder looks at states as wide as the image's ({image['width']}), this one's at "
+                          f"{text['width']}; nearest: --export=blip_vqa")
+    embed = config.model.get("embed", 256)
+    (folder / "config.json").write_text(json.dumps(dict(
+        architectures=[f"BlipFor{kind}"], model_type="blip", torch_dtype="float32", projection_dim=embed, image_text_hidden_size=embed,
+        vision_config=dict(common(image, 1e-6), model_type="blip_vision_model", image_size=config.data.size, patch_size=image["patch"]),
+        text_config=dict(common(text, 1e-12), model_type="blip_text_model", encoder_hidden_size=image["width"], vocab_size=tokens.vocab,
+                         max_position_embeddings=text.get("positions", 512), bos_token_id=tokens.dec, eos_token_id=tokens.eos, sep_token_id=tokens.eos,
+                         pad_token_id=tokens.pad)), indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="BlipImageProcessor", processor_class="BlipProcessor", do_resize=True, size=dict(height=config.data.size, width=config.data.size),
+        resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(config.model.mean), image_std=list(config.model.std),
+        do_convert_rgb=True), indent=1))
+
+
 RELEASE = Release("blip", "blip", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"), write_config,
                   resize="resize_positions_border", ties=ties)
-FACE_RELEASE = Release("hf_blip", "blip", describe_face, face_rules, IGNORED, ("model.safetensors", "pytorch_model.bin"),
-                       resize="resize_positions_border", ties=ties, given={"temp": 0.07})
+FACE_RELEASE = Release("hf_blip", "blip", describe_face, face_rules, IGNORED, ("model.safetensors", "pytorch_model.bin"), write_face_config,
+                       resize="resize_positions_border", ties=ties, given={"temp": 0.07}, library="transformers")

@@ -35,11 +35,11 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, bert_tasks, blip, card, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, tokenizer_files, write
+from vlm_jax.importers import albef, bert_tasks, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES)}
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
@@ -96,7 +96,9 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size
-    found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
+    found = None
+    if "tokens" in sections["model"]:
+        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
     config = stage_config(layout, sections, found)
     import jax
 
@@ -146,7 +148,7 @@ def guess_release(folder: pathlib.Path) -> str:
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
     if model:
         return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
-    found = {"clip": "hf_clip", "blip": "hf_blip"}.get(read_json(folder, "config.json").get("model_type"))
+    found = {"clip": "hf_clip", "blip": "hf_blip", "bert": "hf_bert"}.get(read_json(folder, "config.json").get("model_type"))
     if found:
         return found
     raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")
@@ -195,6 +197,8 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     sections = configs.to_plain(config)
     table = layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()})
     leaves = {p: x for p, x in leaves.items() if not p.startswith("carry/") or any(re.fullmatch(rule[0], p) for rule in table)}
+    unheld = sorted(set(layout.given) & set(leaves))
+    leaves = {p: x for p, x in leaves.items() if p not in unheld}
     arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
     arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
@@ -206,7 +210,7 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     taken = [name for name in provenance.split_licences(provenance.licence_of(record)) if not (licence and name in card.UNNAMED)]
     licence = provenance.join_licences([*taken, licence])
     card.write_card(out, layout, config, record, licence, read_json(folder, "DONE"))
-    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}")
+    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}" + (f"; left out, as that layout has no place for it: {', '.join(unheld)}" if unheld else ""))
     say(f"licence in {card.CARD}: " + (provenance.licence_line({"licence": licence}) if licence else "none; state one with --licence"))
     return out
 

@@ -32,7 +32,7 @@ class Release:
 
     describe: (tensor shapes, folder of the files, hints) -> the sections ``model`` and ``data`` of a stage.
     rules: (those sections, tensor shapes) -> the table; read forwards by import, backwards by export.
-    ignored: regexes of tensors that hold no weights. resize: how its own code resizes a table of image positions.
+    ignored: regexes of tensors that hold no weights, or are for tasks that no system here has. resize: how its own code resizes a table of image positions.
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
     given: values of leaves that no file of this layout holds. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.

@@ -72,7 +72,7 @@ class Bert(nn.Module):
             self.type_embed = self.param("type_embed", *table(self.token_types, "position"))
         self.embed_norm = Norm("layernorm", self.eps)
         self.drop = nn.Dropout(self.dropout)
-        fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, dropout=self.dropout, dtype=self.dtype)
+        fields = self.block_fields()
         if self.layers > self.cross_layers:
             self.blocks = post_stack(self.layers - self.cross_layers, self.remat, **fields)
         if self.pairing not in PAIRINGS:
@@ -86,6 +86,10 @@ class Bert(nn.Module):
                 self.blocks_merge = post_stack(self.cross_layers - AVERAGED, self.remat, memories="merge", **fields)
         elif self.cross_layers:
             self.blocks_cross = post_stack(self.cross_layers, self.remat, **fields)
+
+    def block_fields(self) -> dict[str, Any]:
+        """What all layers have in common."""
+        return dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, dropout=self.dropout, dtype=self.dtype)
 
     def embed(self, ids: jax.Array, start: jax.Array | int = 0) -> jax.Array:
         """[b, l] ids that stand at ``start``, start + 1, ... -> [b, l, width]."""

@@ -111,7 +111,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
                drop: Drop | None = None) -> jax.Array:
     """The reference: plain matrix products around an fp32 softmax. Shapes as ``attend``."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    weights = attention_weights(q, k, mask, causal)
+    if drop is not None:
+        weights = jnp.where(jax.random.bernoulli(drop.key, 1 - drop.rate, weights.shape), weights / (1 - drop.rate), 0)
+    return weigh(weights, v)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
+    """q [b, q, h, d], k [b, k, h, d] -> fp32 [b, h, q, k], rows of sum 1 (0 for a row without any key)."""
+    q, k = (x.transpose(0, 2, 1, 3) for x in (q, k))
     logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if causal == "causal":
         order = jnp.arange(k.shape[2])[None, :] <= jnp.arange(q.shape[2])[:, None]
@@ -121,9 +129,12 @@ def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None 
     weights = jax.nn.softmax(logits, axis=-1)
     if mask is not None:  # a row without any key would be uniform
         weights = jnp.where(mask, weights, 0)
-    if drop is not None:
-        weights = jnp.where(jax.random.bernoulli(drop.key, 1 - drop.rate, weights.shape), weights / (1 - drop.rate), 0)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).transpose(0, 2, 1, 3)
+    return weights
+
+
+def weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [b, h, q, k], v [b, k, h, d] -> [b, q, h, d]."""
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def pallas_kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], causal: str) -> jax.Array:

@@ -13,7 +13,7 @@ from matplotlib.image import imsave
 
 from vlm_jax.report.series import COUNTS, Score, short, spell
 
-HEADLINES = ("R@1", "top1", "exact", "CIDEr-D")
+HEADLINES = ("R@1", "top1", "exact", "CIDEr-D", "pointing")
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f5f7fa; --ink: #1c2430; --quiet: #5d6878; --line: #dfe4eb;
@@ -72,7 +72,7 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
 def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], figures: Mapping[str, tuple[bytes, bytes]],
           neighbours: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]], config_text: str,
           notes: Sequence[str], provenance: Mapping[str, str]) -> str:
-    """The page as text. ``figures``: "curves" and "similarity" as PNG for (light, dark); other arguments
+    """The page as text. ``figures``: "curves", "similarity" and "grounding" as PNG for (light, dark); other arguments
     as ``write_report`` takes them, any of them empty."""
     body = [f"<header><h1>{escape(title)}</h1><p class=quiet>{escape(subtitle)}</p></header>", _tiles(scores)]
     if notes:
@@ -95,6 +95,10 @@ def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], f
     if captions:
         body.append(_section("Captions", "Generated captions with the reference below.",
                              f"<div class=cards>{''.join(map(_card, captions))}</div>"))
+    if "grounding" in figures:
+        body.append(_section("Grounding", "Where a phrase is seen in an image, warmer for more; the outline is the thing's box, which no training "
+                             "saw. Right is a hottest cell with its centre inside.",
+                             _figure(figures["grounding"], "Images under heat maps, with boxes and the phrases that were looked for.")))
     if provenance:
         rows = "".join(f"<tr><th>{escape(label)}</th><td class=long>{escape(text)}</td></tr>" for label, text in provenance.items())
         body.append(_section("Provenance", "", f"<table><tbody>{rows}</tbody></table>"))

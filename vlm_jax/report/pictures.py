@@ -1,4 +1,4 @@
-"""The figures with images in them: similarity matrix, nearest images, captions."""
+"""The figures with images in them: similarity matrix, nearest images, captions, heat maps."""
 
 from __future__ import annotations
 
@@ -101,6 +101,33 @@ def draw_captions(captions: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
             figure.text(x / width, (y - 0.29) / height, text, va="top", fontsize=8.5)
             figure.text(x / width, (y - 0.36 - 0.165 * (text.count("\n") + 1)) / height,
                         _wrap("ref: " + item["reference"], 42, 3), va="top", fontsize=7.5, color=theme.quiet)
+
+    return render(draw, theme, width, height)
+
+
+def draw_grounding(grounding: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """PNG of heat maps over their images, with the box of what the phrase names.
+
+    Each of ``grounding``: ``image`` uint8 [h,w,3], ``heat`` [rows,columns] of at most 1, ``box`` x0, y0, x1, y1 in shares of the sides, ``phrase``,
+    ``ok`` boolean.
+    """
+    columns, side, gap, below = min(6, len(grounding)), 1.6, 0.2, 0.5
+    rows = -(-len(grounding) // columns)
+    width, height = columns * (side + gap) + gap, rows * (side + below) + gap
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        for i, item in enumerate(grounding):
+            x, y = gap + i % columns * (side + gap), height - gap - i // columns * (side + below) - side
+            colour = theme.good if item["ok"] else theme.bad
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
+            _show(axes, item["image"], colour)
+            h, w = np.shape(item["image"])[:2]
+            heat = np.clip(np.asarray(item["heat"], np.float64), 0, 1)
+            axes.imshow(heat, cmap="inferno", alpha=0.75 * heat, extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="nearest")
+            x0, y0, x1, y1 = item["box"]
+            axes.add_patch(Rectangle((x0 * w - 0.5, y0 * h - 0.5), (x1 - x0) * w, (y1 - y0) * h, fill=False, edgecolor="#ffffff", linewidth=1.4))
+            figure.text(x / width, (y - 0.1) / height, ("\u2713 " if item["ok"] else "\u2717 ") + _wrap(item["phrase"], 26, 2), va="top", fontsize=8,
+                        color=colour)
 
     return render(draw, theme, width, height)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from vlm_jax.report import page, series
 from vlm_jax.report.curves import draw_curves
-from vlm_jax.report.pictures import draw_captions, draw_neighbours, draw_similarity
+from vlm_jax.report.pictures import draw_captions, draw_grounding, draw_neighbours, draw_similarity
 from vlm_jax.report.theme import DARK, LIGHT
 
 
 def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Mapping[str, Any]] = (),
                  scores: Mapping[str, Any] | None = None, config_text: str = "",
                  similarity: Mapping[str, Any] | None = None, neighbours: Sequence[Mapping[str, Any]] = (),
-                 captions: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (),
+                 captions: Sequence[Mapping[str, Any]] = (), grounding: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (),
                  provenance: Mapping[str, str] | None = None) -> pathlib.Path:
     """Writes ``report.html``, self-contained, and the pictures that there is something to draw for.
 
@@ -30,9 +30,10 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
         similarity: ``matrix`` [n images, m captions], ``images``, ``captions`` -> similarity.png.
         neighbours: per text ``query``, ``images``, ``scores``, ``right`` -> neighbours.png.
         captions: per image ``image``, ``generated``, ``reference``, ``ok`` -> captions.png.
+        grounding: per phrase ``image``, ``heat``, ``box``, ``phrase``, ``ok`` -> grounding.png.
         notes: sentences put on top.
         provenance: licence, code, data and the like, by label.
-        Images are uint8 [h,w,3]; see ``pictures`` for the three above.
+        Images are uint8 [h,w,3]; see ``pictures`` for the four above.
 
     Returns:
         The page's path.
@@ -46,12 +47,14 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
         figures["curves"] = curves, draw_curves(metrics, DARK)
     if similarity is not None and len(similarity["images"]) and len(similarity["captions"]):
         figures["similarity"] = draw_similarity(similarity, LIGHT), draw_similarity(similarity, DARK)
+    if grounding:
+        figures["grounding"] = draw_grounding(grounding, LIGHT), draw_grounding(grounding, DARK)
     pictures = {name: light for name, (light, _) in figures.items()}
     if neighbours:
         pictures["neighbours"] = draw_neighbours(neighbours, LIGHT)
     if captions:
         pictures["captions"] = draw_captions(captions, LIGHT)
-    for name in ("curves", "similarity", "neighbours", "captions"):
+    for name in ("curves", "similarity", "neighbours", "captions", "grounding"):
         (folder / f"{name}.png").unlink(missing_ok=True)
         if name in pictures:
             (folder / f"{name}.png").write_bytes(pictures[name])

@@ -15,7 +15,7 @@ from vlm_jax.losses.masked import mask_tokens, masked_lm
 from vlm_jax.losses.matching import NEGATIVES, draw, matching, pairs
 from vlm_jax.losses.momentum import TARGETS, enqueue, lerp, make_queues, momentum_contrastive, other_groups, replaced, shadowed
 from vlm_jax.losses.terms import wanted, weigh
-from vlm_jax.models import bert, vit
+from vlm_jax.models import bert, grounding, vit
 from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
@@ -233,4 +233,14 @@ def mlm_logits(model: Albef, variables: Variables, batch: Batch, *, key=None) ->
     return {"logits": (run(model, variables, Albef.predict_tokens, fused) @ run(model, variables, Albef.vocabulary)).astype(jnp.float32)}
 
 
-PREDICT = {"embed": embed, "features": features, "match": match, "mlm_logits": mlm_logits}
+def ground(model: Albef, variables: Variables, batch: Batch, *, key=None, layer: int | None = None) -> dict[str, jax.Array]:
+    """heat fp32 [b, rows, columns], largest 1: where in row i's image its text is seen, from the matching logit's gradient at the
+    cross-attention of ``layer`` (``models.grounding.heat``)."""
+    found = features(model, variables, {k: batch[k] for k in ("image", "text", "text_mask")})
+    cam = grounding.heat(model.text, variables["params"]["text"], lambda fused: run(model, variables, Albef.match, fused)[:, 1],
+                         found["text"], batch["text_mask"], found["image"], layer)
+    rows, columns = (side // model.image.patch for side in batch["image"].shape[1:3])
+    return {"heat": cam.reshape(-1, rows, columns)}
+
+
+PREDICT = {"embed": embed, "features": features, "match": match, "mlm_logits": mlm_logits, "ground": ground}

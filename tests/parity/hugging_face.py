@@ -1,0 +1,127 @@
+"""transformers' BERT and BLIP and timm's ViT against ours, where no released weights are needed; and one where they are.
+
+    pip install -e ".[parity]"
+    python -m tests.parity.hugging_face store            renews official_outputs/hf_bert and official_outputs/timm_vit
+    python -m tests.parity.hugging_face exports          transformers opens our exports of its BLIP models
+    python -m tests.parity.hugging_face sentences DIR    embeddings of a BERT for sentences (all-MiniLM-L6-v2), mean over its tokens
+
+The last two print the largest difference from ours; exit code 1 where it is above 1e-4.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+import vlm_jax
+from tests.parity import official
+from vlm_jax.importers import cli
+
+OUTPUTS = pathlib.Path(__file__).parent / "official_outputs"
+SENTENCES = ("a red circle above a blue square", "A dog is running on the beach.", "Two people ride bicycles through the rain, laughing.",
+             "photosynthesis", "How do I reset my password?", "The committee's decision -- which nobody had expected -- was announced at 10:30 a.m. on Friday.")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def store() -> None:
+    """A BertForMaskedLM and a timm ViT of odd sizes, with what they answer."""
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=120, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=40,
+                        max_position_embeddings=20, layer_norm_eps=1e-3)
+    net = official.draw(BertForMaskedLM(config), 20)
+    net.save_pretrained(OUTPUTS / "hf_bert")
+    _, ids = official.inputs(8, 12, 120, 102, 20, (12, 3, 7))
+    mask = ids != 0
+    with torch.no_grad():
+        out = net(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+    np.savez_compressed(OUTPUTS / "hf_bert" / "io.npz",
+                        in_ids=ids.numpy().astype(np.int32), in_mask=mask.numpy(), out_states=out.hidden_states[-1].numpy(), out_logits=out.logits.numpy())
+
+    net = official.draw(VisionTransformer(img_size=24, patch_size=6, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5, num_classes=5), 21)
+    image, _ = official.inputs(24, 4, 60, 59, 21, (4, 4))
+    (OUTPUTS / "timm_vit").mkdir(exist_ok=True)
+    torch.save({"model": net.state_dict()}, OUTPUTS / "timm_vit" / "tiny_patch6_24.pth")     # as DeiT's are
+    with torch.no_grad():
+        np.savez_compressed(OUTPUTS / "timm_vit" / "io.npz",
+                            in_images=image.numpy().transpose(0, 2, 3, 1), out_tokens=net.forward_features(image).numpy())
+
+
+def mean_of_tokens(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """states [b, l, width] -> unit [b, width]."""
+    mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def sentences(directory: str) -> float:
+    """Largest difference of the sentences' embeddings, each side with its own tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(directory)(list(SENTENCES), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = mean_of_tokens(AutoModel.from_pretrained(directory).eval()(**words).last_hidden_state.numpy(), words["attention_mask"].numpy())
+    with tempfile.TemporaryDirectory() as work:
+        model = vlm_jax.load(cli.import_release("hf_bert", directory, pathlib.Path(work) / "in"))
+    ids, mask = model.ids(SENTENCES)
+    length = words["input_ids"].shape[1]
+    assert np.array_equal(ids[:, :length], words["input_ids"].numpy()) and not mask[:, length:].any()
+    ours = mean_of_tokens(model.predict["features"]({"text": ids[:, :length], "text_mask": mask[:, :length]})["text"], mask[:, :length])
+    print(f"{len(ours)} sentences, width {ours.shape[1]}, cosine of the first two {ours[0] @ ours[1]:.4f}")
+    return float(np.abs(ours - theirs).max())
+
+
+def exports() -> dict[str, float]:
+    """Largest difference, by answer, of transformers' models opened from our exports from our own."""
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipImageProcessor
+
+    out = {}
+    for name, kind in (("hf_blip_caption", BlipForConditionalGeneration), ("hf_blip_retrieval", BlipForImageTextRetrieval)):
+        with tempfile.TemporaryDirectory() as work:
+            work = pathlib.Path(work)
+            imported = cli.import_release("hf_blip", str(OUTPUTS / name), work / "in", say=quiet)
+            folder, model, io = cli.export_release("hf_blip", imported, work / "out", say=quiet), vlm_jax.load(imported), np.load(OUTPUTS / name / "io.npz")
+            net = kind.from_pretrained(folder).eval()
+            seen = np.asarray(official.inputs(16, 4, 60, 59, 0, (4,))[0].numpy().transpose(0, 2, 3, 1)[0] * 40 + 128).clip(0, 255).astype(np.uint8)
+            pixels = BlipImageProcessor.from_pretrained(folder)(seen, return_tensors="pt")["pixel_values"].numpy().transpose(0, 2, 3, 1)
+        model_pixels = (model.images(seen) / 255 - np.array(model.config.model.mean)) / np.array(model.config.model.std)
+        out[f"{name}: pixels"] = np.abs(pixels - model_pixels).max()
+        ids, mask, images = (io[f"in_{k}"] for k in ("input_ids", "attention_mask", "images"))
+        batch = {"image": images.transpose(0, 2, 3, 1), "text": ids, "text_mask": mask.astype(bool)}
+        given = dict(pixel_values=torch.from_numpy(images), input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long())
+        with torch.no_grad():
+            if kind is BlipForConditionalGeneration:
+                given["input_ids"][:, 0] = net.config.text_config.bos_token_id      # [DEC]; ours puts it there itself
+                difference = np.abs(net(**given).logits.numpy() - model.predict["caption_logits"](batch)["logits"])
+                out[f"{name}: logits"] = difference[batch["text_mask"]].max()
+                theirs = net.generate(given["pixel_values"], max_length=10, do_sample=False, num_beams=1).numpy()[:, 1:]
+                out[f"{name}: ids"] = (theirs != model.predict["generate"](batch, max_length=10)["text"][:, 1:]).sum()
+            else:
+                out[f"{name}: match"] = np.abs(net(**given).itm_score.numpy() - model.predict["match"](batch, first="cls")["match"]).max()
+                embeds = model.predict["embed"](batch)
+                out[f"{name}: cosine"] = np.abs(net(**given, use_itm_head=False).itm_score.numpy() - embeds["image_embed"] @ embeds["text_embed"].T).max()
+    return {name: float(x) for name, x in out.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.hugging_face", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("store", "exports", "sentences"))
+    parser.add_argument("directory", nargs="?", default="")
+    args = parser.parse_args()
+    if args.what == "store":
+        store()
+        return 0
+    found = exports() if args.what == "exports" else {"sentences": sentences(args.directory)}
+    for name, difference in found.items():
+        print(f"{name}: largest difference {difference:.1e}")
+    return int(max(found.values()) > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
