@@ -8,7 +8,12 @@ python -m vlm_jax.main --config=configs/albef.py:base --config.stages.pretrain.d
     hf_bert); --config.stages.pretrain.init=DIR from ALBEF.pth (release albef).
 python -m vlm_jax.main --config=configs/albef.py:base --stage=retrieval --config.stages.retrieval.init=DIR --config.stages.retrieval.data.train=...
     Image-text retrieval at 384 pixels, targets aware of images.
+python -m vlm_jax.main --config=configs/albef.py:base --stage=vqa --config.stages.vqa.init=DIR --config.stages.vqa.data.train=jsonl:vqa_train.json ...
+    Questions (vqa), visual entailment (entailment), two images (nlvr, after an epoch of --stage=assign on pairs of the pre-training). Annotation
+    files as published, beside their images. DIR: a run's pretrain stage, or an imported ALBEF.pth.
 """
+
+import functools
 
 from vlm_jax import config as c
 
@@ -25,8 +30,10 @@ def get_config(arg=""):
     args = c.parse_arg(arg, size=("scenes", "base"), res=0, vit="", bert="")
     init = c.from_towers(args.vit, args.bert, FROM_BERT)
     if args.size == "scenes":
-        return c.stages(("pretrain",), pretrain=dict(scenes(args.res or 48), init=init), retrieval=scenes_retrieval())
-    return c.stages(("pretrain",), pretrain=dict(base(args.res or 256), init=init), retrieval=base_retrieval(args.res or 384))
+        pretrain = scenes(args.res or 48)
+        return c.stages(("pretrain",), pretrain=dict(pretrain, init=init), retrieval=scenes_retrieval(), **tasks(pretrain, scenes_task))
+    return c.stages(("pretrain",), pretrain=dict(base(args.res or 256), init=init), retrieval=base_retrieval(args.res or 384),
+                    **tasks(base(256), functools.partial(base_task, args.res or 384)))
 
 
 def scenes(res):
@@ -62,7 +69,7 @@ def base(res):
         loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=1.0), momentum=0.995, queue=65536, alpha=0.4, alpha_ramp=7_800, group=64, mask_share=0.15),
         optim=dict(name="adamw", lr=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.02, decay_exclude=(r"(.*/)?(bias|scale)", ".*class_embed"), schedule="cosine", warmup=2000, end_lr=1e-5,
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
-        data=dict(train="", eval="", batch=512, microbatch=0, size=res, length=25, tokenizer="bert", augment=AUGMENT.format(0.2), eval_augment="squash",
+        data=dict(train="", eval="", batch=512, microbatch=0, size=res, length=25, tokenizer="bert", text_clean="albef", augment=AUGMENT.format(0.2), eval_augment="squash",
                   threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0)), steps=234_000, checkpoint=dict(every=2000, keep=3))
 
@@ -74,3 +81,47 @@ def base_retrieval(res):
         init="@pretrain", loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.995, queue=65536, alpha=0.4, alpha_ramp=2_200, targets="images", group=32),
         optim=dict(pretrain["optim"], lr=1e-5, end_lr=1e-6, warmup=100),
         data=dict(pretrain["data"], batch=256, size=res, length=30, augment=AUGMENT.format(0.5)), steps="5epochs")})
+
+
+# ---- section 4: what pre-training is for
+
+PAPER = "2107.07651"
+ENTAILMENT, STATEMENT = ("contradiction", "neutral", "entailment"), ("False", "True")
+
+
+def tasks(start, task):
+    """The answer decoder starts from the layers that fuse; for two images each of these becomes two. ``task`` makes a stage of the preset's size."""
+    model = {k: v for k, v in start["model"].items() if k not in ("embed", "temp")} | dict(paper=PAPER)
+    text = model["text"]
+    decoder = {k: v for k, v in text.items() if k != "cross_layers"} | dict(layers=text["cross_layers"])
+    pairs = dict(model, text=dict(text, pairing="alternate"))
+    return dict(
+        vqa=task("vqa", system="bert_vqa", model=dict(model, decoder=decoder, answer_ends=2), data=dict(answers=10, answer_length=8),
+                 loss=dict(weights=dict(answer=1.0), alpha=0.4, rank_by="first_and_sequence")),
+        entailment=task("entailment", system="bert_classify", model=dict(model, classes=3), data=dict(classes=ENTAILMENT), loss=dict(weights=dict(cls=1.0), alpha=0.4)),
+        assign=task("assign", system="bert_classify", model=dict(pairs, classes=3, head="linear", embed=start["model"]["embed"]),
+                    loss=dict(weights=dict(cls=1.0), targets="assignment")),
+        nlvr=task("nlvr", system="bert_classify", model=dict(pairs, classes=2), data=dict(classes=STATEMENT, images=2), loss=dict(weights=dict(cls=1.0), alpha=0.4),
+                  init=(("head/.*", "fresh", "copy"), "@assign")))
+
+
+def scenes_task(name, data=(), loss=(), **sections):
+    start, of = scenes(48), {"vqa": "/vqa", "entailment": "/entailment", "nlvr": "/pairs", "assign": ""}[name]
+    scored = dict(vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(k=16))), assign={}).get(name, dict(classify=dict(kind="classify", examples=1000)))
+    return c.stage(**{**start, **dict(
+        init="@pretrain", loss=dict(loss, **(dict(alpha_ramp=100) if "alpha" in loss else {})), evals=scored, steps=300,
+        data=dict(start["data"], train=f"scenes:train{of}", eval=f"scenes:test{of}", **dict(data)),
+        optim=dict(start["optim"], lr=5e-4, muon_lr=0.01, groups=(), clamps=())), **sections})
+
+
+def base_task(res, name, data=(), loss=(), **sections):
+    """configs/{VQA,VE,NLVR_pretrain,NLVR}.yaml: epochs, batch of 8 GPUs, warm-up, steps of an epoch (in the first one distillation comes in; not for entailment)."""
+    epochs, batch, warmup, ramp = {"vqa": (8, 256, 400, 2_570), "entailment": (5, 256, 100, 0), "assign": (1, 512, 100, 0), "nlvr": (10, 128, 100, 675)}[name]
+    start, question = base(256), name == "vqa"
+    scored = dict(vqa=dict(vqa=dict(kind="vqa", every=0)), assign={}).get(name, dict(classify=dict(kind="classify", every="1epoch")))
+    return c.stage(**{**start, **dict(
+        init="@pretrain", loss=dict(loss, **(dict(alpha_ramp=ramp) if "alpha" in loss else {})), evals=scored, steps=f"{epochs}epochs",
+        optim=dict(start["optim"], lr=2e-5, end_lr=1e-5 if name == "assign" else 1e-6, warmup=warmup, every="1epoch", clamps=()),
+        data=dict(start["data"], batch=batch, size=256 if name == "assign" else res, length=25 if question or name == "assign" else 30,
+                  text_clean="albef_question" if question else "albef", augment=AUGMENT.format(0.2 if name == "assign" else 0.5),
+                  **(dict(answer="json:answer@0.5") if question else {}), **dict(data))), **sections})

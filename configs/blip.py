@@ -12,7 +12,11 @@ python -m vlm_jax.main --config=configs/blip.py:base --stage=caption --config.st
 python -m vlm_jax.main --config=configs/blip.py:base --stage=retrieval --config.stages.retrieval.init=DIR --config.stages.retrieval.data.train=... \\
     --config.stages.retrieval.data.tokenizer=bert:vocab.txt
     Image-text retrieval at 384 pixels: the encoder alone, targets aware of images. It is also CapFilt's filter.
+python -m vlm_jax.main --config=configs/blip.py:base --stage=vqa --config.stages.vqa.init=DIR --config.stages.vqa.data.train=jsonl:vqa_train.json ...
+    Questions (vqa, at 480 pixels) and two images (nlvr). Annotation files as published, beside their images.
 """
+
+import functools
 
 from vlm_jax import config as c
 
@@ -41,9 +45,9 @@ def get_config(arg=""):
         return c.stages(("pretrain",), pretrain=pretrain,
                         caption=dict(tuned, loss=dict(weights=dict(lm=1.0)), optim=dict(tuned["optim"], groups=(), clamps=()), evals=only(pretrain, "caption")),
                         retrieval=dict(tuned, loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, targets="images", mined_by="student"),
-                                       evals=only(pretrain, "retrieval", "rerank", "matching")))
+                                       evals=only(pretrain, "retrieval", "rerank", "matching")), **tasks(pretrain, scenes_task))
     return c.stages(("pretrain",), pretrain=dict(pretrain_of(args.size, args.res or 224), init=init), caption=caption(args.size, args.res or 384),
-                    retrieval=retrieval(args.size, args.res or 384))
+                    retrieval=retrieval(args.size, args.res or 384), **tasks(pretrain_of(args.size, 224), functools.partial(task, args.size, args.res)))
 
 
 def only(stage, *kinds):
@@ -82,7 +86,7 @@ def pretrain_of(size, res):
                   group=batch // 32, label_smoothing=0.1),
         optim=dict(name="adamw", lr=lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, decay_exclude=(), schedule="exponential", decay_factor=0.9,
                    every="1epoch", warmup=3000, start_lr=1e-6, end_lr=1e-6, clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
-        data=dict(train="", eval="", batch=batch, microbatch=0, size=res, length=30, tokenizer="", augment=AUGMENT.format(0.2), eval_augment="squash",
+        data=dict(train="", eval="", batch=batch, microbatch=0, size=res, length=30, tokenizer="", text_clean="blip", augment=AUGMENT.format(0.2), eval_augment="squash",
                   threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
         evals=dict(retrieval=dict(kind="retrieval", every=0), caption=dict(kind="caption", options=BEAMS, every=0)),
         steps="20epochs", checkpoint=dict(every=2000, keep=3), rules="fsdp")
@@ -110,3 +114,39 @@ def retrieval(size, res):
                  loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.995, queue=57600, alpha=0.4, alpha_ramp=567_000 // 256, targets="images",
                            mined_by="student"),
                  evals=dict(retrieval=dict(kind="retrieval", every="1epoch"), rerank=dict(RERANK, every=0)))
+
+
+# ---- section 5.3 and 5.4: questions, two images
+
+PAPER = "2201.12086"
+
+
+def tasks(start, task):
+    """The encoder reads the question, the decoder writes the answer beside what it found; for two images the encoder's cross-attention is doubled.
+    ``task`` makes a stage of the preset's size."""
+    model = {k: v for k, v in start["model"].items() if k not in ("embed", "temp", "prompt")} | dict(paper=PAPER)
+    text = dict(model["text"], token_types=0)
+    reader = dict(text, cross_layers=4 if text["variant"] == "mini" else 12)
+    return dict(
+        vqa=task("vqa", system="bert_vqa", model=dict(model, text=reader, decoder=text), data=dict(answers=10, answer_length=8),
+                 loss=dict(weights=dict(answer=1.0), label_smoothing=0.1)),
+        nlvr=task("nlvr", system="bert_classify", model=dict(model, text=dict(reader, pairing="twin"), classes=2),
+                  data=dict(classes=("False", "True"), images=2, swap="sides"), loss=dict(weights=dict(cls=1.0))))
+
+
+def scenes_task(name, data, **sections):
+    start, of = scenes(48), {"vqa": "vqa", "nlvr": "pairs"}[name]
+    scored = {"vqa": dict(vqa=dict(kind="vqa", examples=500, options=dict(k=16))), "nlvr": dict(classify=dict(kind="classify", examples=1000))}[name]
+    return c.stage(**{**start, **dict(
+        init="@pretrain", evals=scored, steps=300, data=dict(start["data"], train=f"scenes:train/{of}", eval=f"scenes:test/{of}", **data),
+        optim=dict(start["optim"], lr=5e-4, muon_lr=0.01, groups=(), clamps=())), **sections})
+
+
+def task(size, res, name, data, **sections):
+    """configs/{vqa,nlvr}.yaml: 16 images on each of 16 GPUs; the cosine moves from epoch to epoch, no warm-up. A tenth of the image's layers is dropped."""
+    pixels, lr, epochs, cleaned, length = {"vqa": (480, 2e-5, 10, "blip_question", 35), "nlvr": (384, 3e-5, 15, "blip(40)", 48)}[name]
+    model = sections.pop("model")
+    own = dict(answer="json:answer@0.2") if name == "vqa" else {}
+    scored = {"vqa": dict(vqa=dict(kind="vqa", every=0)), "nlvr": dict(classify=dict(kind="classify", every="1epoch"))}[name]
+    return tuned(size, res or pixels, lr, model=dict(model, image=dict(model["image"], drop_path=0.1)), optim=dict(clamps=()), evals=scored, steps=f"{epochs}epochs",
+                 data=dict(data, **own, length=length, text_clean=cleaned), **sections)
