@@ -435,7 +435,7 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
 def adoption(stage: Stage, folder: pathlib.Path, origin: str) -> tuple[weight_rules.Rule, ...] | None:
     """How a stage starts from the weights in ``folder``: None for leaf by leaf, as where they are of the same model. Raises ConfigError."""
     section = configs.from_json((folder / "config.json").read_text())
-    if section.system == stage.config.system and (section.system not in stage.system.adopt or section.model == stage.config.model):
+    if section.system == stage.config.system:
         return None
     if section.system not in stage.system.adopt:
         known = [stage.config.system, *stage.system.adopt]

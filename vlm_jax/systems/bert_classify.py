@@ -33,7 +33,6 @@ ADOPT = {
     "blip": (("text/blocks_cross/cross_other/(.*)", rf"text/blocks_cross/cross/\1[0..{TWINS}]", "copy"), ("text/blocks_merge/merge/.*", "fresh", "copy"),
              ("text/blocks_merge/cross_other/(.*)", rf"text/blocks_cross/cross/\1[{TWINS}..]", "copy"), ("text/blocks_merge/(.*)", rf"text/blocks_cross/\1[{TWINS}..]", "copy"),
              (r"text/blocks_cross/.*", rf"\g<0>[0..{TWINS}]", "copy"), TOWERS),
-    "bert_classify": (("head/.*", "fresh", "copy"), ("(image|text)/.*", "", "copy")),      # after assignment another head
 }
 
 
