@@ -256,3 +256,29 @@ def test_wrong_sections_are_refused_by_name(blip, change, message):
 
 def test_an_imported_model_loads(blip):
     assert vlm_jax.load(blip.folder).predict["answer"](blip.asked, method="rank", k=4)["answer"].tolist() == blip.io["out_answer"].tolist()
+
+
+# ---- Hugging Face
+
+def test_huggingface_s_answers_come_in_and_go_out(tmp_path):
+    stored = STORED / "hf_blip_vqa"
+    io = dict(np.load(stored / "io.npz"))
+    folder = cli.import_release("", str(stored), tmp_path / "in", say=lambda line: None)
+    assert json.loads((folder / "import.json").read_text())["release"] == "hf_blip_vqa"
+    model, asked = vlm_jax.load(folder), {"image": io["in_images"].transpose(0, 2, 3, 1), "text": io["in_input_ids"].astype(np.int32)}
+    asked["text_mask"] = np.ones(asked["text"].shape, bool)
+    for beams, name in ((1, "out_greedy"), (3, "out_beam")):      # transformers begins with [DEC], an answer of ours with <bos>
+        found = model.predict["answer"](asked, method="generate", first="bos", beams=beams, max_length=8)["text"]
+        np.testing.assert_array_equal(found[:, 1:], io[name][:, 1:])
+    section = stages.configs.from_json((folder / "config.json").read_text())
+    stage = stages.resolve(section, "test")
+    leaves = stages.read_weights(folder)
+    variables = merge({p: leaves[p] for p in stage.plan.shapes}, {}, {})
+    states = jax.jit(lambda v, t: bert_vqa.run(stage.system.model, v, bert_vqa.AnswerModel.write, t, io["out_states"], asked["text_mask"]))(variables, io["in_answers"].astype(np.int32))
+    logits = bert_vqa.run(stage.system.model, variables, bert_vqa.AnswerModel.logits, states)
+    np.testing.assert_allclose(logits, io["out_logits"], rtol=0, atol=1e-3)
+    out = cli.export_release("hf_blip_vqa", folder, tmp_path / "out", say=lambda line: None)
+    source, back = read.open_weights(stored / "model.safetensors"), read.open_weights(out)
+    assert set(back) == set(source) and all(np.array_equal(back[n].read(), source[n].read()) for n in source)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["BlipForQuestionAnswering"] and config["text_config"]["num_attention_heads"] == 2
