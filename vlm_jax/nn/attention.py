@@ -117,10 +117,12 @@ def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None 
     return weigh(weights, v)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None, causal: str = "none") -> jax.Array:
-    """q [b, q, h, d], k [b, k, h, d] -> fp32 [b, h, q, k], rows of sum 1 (0 for a row without any key)."""
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None, causal: str = "none", bias: jax.Array | None = None) -> jax.Array:
+    """q [b, q, h, d], k [b, k, h, d], bias [h, q, k] that logits get -> fp32 [b, h, q, k], rows of sum 1 (0 for a row without any key)."""
     q, k = (x.transpose(0, 2, 1, 3) for x in (q, k))
     logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
     if causal == "causal":
         order = jnp.arange(k.shape[2])[None, :] <= jnp.arange(q.shape[2])[:, None]
         mask = order if mask is None else mask & order

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
 
 
@@ -29,13 +30,15 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_tanh": lambda x: ja
 
 
 class Mlp(nn.Module):
-    """x [b, l, d] -> [b, l, d] over ``hidden`` units; params up/{kernel,bias}, down/{kernel,bias}."""
+    """x [b, l, d] -> [b, l, d] over ``hidden`` units; params up/{kernel,bias}, down/{kernel,bias}. ``sub_norm``: the eps of a LayerNorm
+    over the hidden units (Magneto, arXiv 2210.06423), 0 for none."""
     hidden: int
     activation: str = "gelu"
     use_bias: bool = True
     init_scheme: str = "torch"
     depth: int = 1
     dtype: Any = jnp.float32
+    sub_norm: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,4 +51,5 @@ class Mlp(nn.Module):
 
         up, down = linear("up", self.hidden, ("embed", "mlp"), width), linear("down", width, ("mlp", "embed"), self.hidden)
         hidden = shard(up(x), "batch", *["length"] * (x.ndim - 2), "act_mlp")
-        return down(ACTIVATIONS[self.activation](hidden))
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return down(Norm("layernorm", self.sub_norm, name="sub_norm")(hidden) if self.sub_norm else hidden)
