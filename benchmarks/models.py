@@ -64,8 +64,14 @@ def our_config(name: str, batch: int, quick: bool = False, **tower: int) -> Any:
 
 
 def our_train_step(name: str, batch: str, quick: bool, **tower: int) -> tuple[Callable[[], None], dict[str, Any]]:
-    """A worker's function: the step as ``vlm_jax.run`` makes it, on the batch (.npz) that it places anew each time.
-    Beside open_clip's work it normalises the pixels, takes the gradient's norm and checks that all is finite."""
+    """A worker's function: ``trainer_step`` on the batch (.npz). Beside open_clip's work it normalises the pixels, takes the gradient's norm
+    and checks that all is finite."""
+    arrays = dict(np.load(batch))
+    return trainer_step(our_config(name, len(arrays["image"]), quick, **tower), arrays)
+
+
+def trainer_step(config: Any, arrays: Mapping[str, np.ndarray]) -> tuple[Callable[[], None], dict[str, Any]]:
+    """(the step as ``vlm_jax.run`` makes it, on a batch that it places anew each time; what is told of it) of a stage's config."""
     import jax
 
     from vlm_jax import partitioning
@@ -74,8 +80,7 @@ def our_train_step(name: str, batch: str, quick: bool, **tower: int) -> tuple[Ca
     from vlm_jax.train import init
     from vlm_jax.train.step import make_train_step
 
-    arrays = dict(np.load(batch))
-    stage = resolve(our_config(name, len(arrays["image"]), quick, **tower), name)
+    stage = resolve(config, "pretrain")
     mesh, key = partitioning.make_mesh(devices=jax.devices()[:1]), jax.random.key(0)
     with partitioning.use(mesh):
         tx, _ = make_optimizer(stage)

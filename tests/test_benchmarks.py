@@ -9,11 +9,12 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import data_pipeline, emoji, generate, models, paired, startup, train_step
+from benchmarks import data_pipeline, emoji, fusion_step, generate, models, paired, startup, train_step
 from vlm_jax.data.batch import validate
 from vlm_jax.stage import resolve
 
-COMMANDS = {"train_step": train_step, "data_pipeline": data_pipeline, "generate": generate, "startup": startup, "emoji": emoji}
+COMMANDS = {"train_step": train_step, "data_pipeline": data_pipeline, "generate": generate, "startup": startup, "emoji": emoji,
+            "fusion_step": fusion_step}
 
 
 # ---- turns and statistics ----------------------------------------------------------------------
@@ -158,6 +159,16 @@ def test_the_models_of_the_comparison_are_the_published_ones():
         assert stage.plan.count() == parameters
         assert stage.system.model.image.remat == stage.system.model.text.remat == "none"
         assert stage.system.model.image.activation == "gelu"
+
+
+def test_the_fusion_models_have_laviss_counts_and_its_work():
+    for system, parameters in (("albef", 209_937_725 - 2 * 768), ("blip", 252_441_919)):     # without a table of token types
+        config = fusion_step.our_config(system, 4, False)
+        stage, batch = resolve(config, system), fusion_step.make_batch(system, 4, False)
+        assert stage.plan.count() == parameters and config.model.text.dropout == 0.1 and config.loss.group == 0
+        assert stage.system.model.image.remat == stage.system.model.text.remat == "none"
+        validate(batch)
+        assert {name: batch[name].shape for name in stage.spec} == {name: x.shape for name, x in stage.spec.items()}
 
 
 def test_a_caption_that_ends_early_is_an_error():

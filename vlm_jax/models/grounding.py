@@ -1,7 +1,8 @@
-"""Where a fusion encoder looks: Grad-CAM (arXiv 1610.02391) on its cross-attention, as ALBEF grounds texts (arXiv 2107.07651, section 6.4)."""
+"""Where a fusion encoder looks: Grad-CAM (arXiv 1610.02391) on its cross-attention, as ALBEF grounds texts without boxes (arXiv 2107.07651)."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def upper_watched(text: Bert, params: Mapping[str, Any], x: jax.Array, mask: jax
 
     for i in range(text.cross_layers):
         own = {"params": jax.tree.map(lambda p, i=i: p[i], params["blocks_cross"])}
-        with nn.intercept_methods(watch if i == layer else lambda call, args, kwargs, context: call(*args, **kwargs)):
+        with nn.intercept_methods(watch) if i == layer else contextlib.nullcontext():
             x, _ = block.apply(own, x, keys(mask), memory, None, None, None, None)
     return x, seen[0]
 
