@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import vlm_jax
@@ -77,10 +78,11 @@ def test_a_planted_mistake_shows(imported, model, mistake, change):
 
 
 @pytest.fixture(scope="module")
-def stepped(imported):
-    """(carry, the loss's metrics and next carry at the stored batch, negatives and masks)."""
+def learner(imported):
+    """(stage, parameters, carry, run): ``run(parameters, carry, step)`` -> metrics, next carry and gradients at the stored batch, negatives and
+    masks. The teacher's share is the stored one, but 0 at step 0."""
     section = stages.configs.from_json((imported / "config.json").read_text())
-    section.loss.alpha = float(IO["in_alpha"])
+    section.loss.alpha, section.loss.alpha_ramp = float(IO["in_alpha"]), 1
     section.data.batch = 4
     stage = stages.resolve(section, "step")
     leaves, kept = stages.read_weights(imported), stages.read_carry(imported)
@@ -88,16 +90,34 @@ def stepped(imported):
              **{k: kept[k] for k in ("image_queue", "text_queue", "pointer")}}
     batch = {"image": IMAGE, "text": IDS, "text_mask": MASK, "image_id": np.arange(4), "masked_text": IO["in_mlm_input_ids"].astype(np.int32),
              "masked_at": IO["in_mlm_labels"] != -100, "negative_image": IO["in_neg_image_idx"], "negative_text": IO["in_neg_text_idx"]}
+    batch = {k: jnp.asarray(x) for k, x in batch.items()}
 
     @jax.jit
-    def run(params, carry, batch):
+    def run(params, carry, step):
         def loss(params):
-            return stage.system.loss(merge(params, {}, {}), carry, batch, Context(jax.random.key(0), jnp.int32(0), train=False))
+            return stage.system.loss(merge(params, {}, {}), carry, batch, Context(jax.random.key(0), step, train=False))
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return out.metrics, stage.system.next_carry(carry, out.update), grads
 
-    params = {p: leaves[p] for p in stage.plan.shapes}
-    return stage, params, carry, jax.device_get(run(params, carry, batch))
+    return stage, {p: leaves[p] for p in stage.plan.shapes}, carry, run
+
+
+@pytest.fixture(scope="module")
+def stepped(learner):
+    stage, params, carry, run = learner
+    return stage, params, carry, jax.device_get(run(params, carry, jnp.int32(1)))
+
+
+def test_a_batch_is_learned_by_heart(learner):
+    """Matching is told apart, and masked words are known."""
+    _, params, carry, run = learner
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    move = jax.jit(lambda grads, state, params: (lambda u, s: (optax.apply_updates(params, u), s))(*tx.update(grads, state, params)))
+    state = tx.init(params)
+    for _ in range(80):
+        metrics, _, grads = run(params, carry, jnp.int32(0))
+        params, state = move(grads, state, params)
+    assert metrics["itm_accuracy"] == 1.0 and metrics["mlm"] < 0.5 and metrics["itm"] < 0.1, metrics
 
 
 def test_a_step_has_the_official_losses_teacher_and_queues(stepped):
