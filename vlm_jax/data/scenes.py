@@ -65,7 +65,7 @@ class Scenes:
 
     def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str], noise: float):
         self.split, self.size, self.count, self.noise = split, size, count, noise
-        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{NOISY if noise else split}"
+        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{NOISY if noise else split}{':canonical' * (canonical_share == 1)}"
         if split == "objects":
             self.classes = list(CLASSES)
 
@@ -108,7 +108,7 @@ class Scenes:
             if self.noise:
                 sample["json"]["noise"] = wrong
         else:
-            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)]
+            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
         if self.split == "objects":
             sample["label"] = class_of(scene)
         if "boxes" in self.views:
@@ -140,7 +140,7 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
 
     A sample has key; image, uint8 [size, size, 3]; text; json (`objects`, and each of `views`: "boxes" in
     pixels, "questions"). In "train", text is one caption, canonical with probability `canonical_share`; in the
-    other splits it is a free wording and then the canonical one. "objects" adds label, and the source has
+    other splits it is a free wording and then the canonical one (a share of 1: the canonical one alone). "objects" adds label, and the source has
     `classes`. `judge(i, text)` checks a caption, `swaps(i)` has false ones.
 
     With `noise` a sample has one caption, and that share of them is false: of another scene, or a fluent lie, half each, by the
