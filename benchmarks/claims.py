@@ -92,6 +92,9 @@ SMALL = {"data.train": "scenes:train:canonical", "data.eval": "scenes:test:canon
 ALBEF = "configs/albef.py"
 SHORT = stage(**SMALL, steps=420, **{"data.size": 32, "loss.queue": 96})
 
+# Matching learns nothing from so few noisy pairs, and has no pseudo-targets: without it there is time for more steps.
+SHARES = {"distilled": stage(**{"loss.alpha": 0.4}), "one_hot": stage(**{"loss.alpha": 0.0})}
+DISTILLED = {**SHORT, **stage(**{"steps": 600, "loss.weights.itm": 0.0})}
 BLIP, NOISY = "configs/blip.py", "scenes:noisy:canonical"
 # Single objects, ten tokens: a captioner and a filter that are worth something in a minute.
 SINGLES = {**SMALL, "data.train": "tars:{made}/noisy/*.tar", "data.eval": "scenes:objects:canonical", "data.length": 10, "data.batch": 32, "data.size": 32}
@@ -173,18 +176,16 @@ CLAIMS: dict[str, Claim] = {
     "momentum": Claim(
         sentence="Learning from the momentum model's pseudo-targets improves what is learnt from noisy pairs.",
         paper="ALBEF (arXiv 2107.07651), sections 3.3 and 6.1",
-        config=ALBEF, shared={**SHORT, **stage(**{"data.train": NOISY, "evals": evals(**RERANK, matching={})})},
-        variants={"distilled": stage(**{"loss.alpha": 0.4}), "one_hot": stage(**{"loss.alpha": 0.0})},
-        differences={f"{what}, dual encoder": (("distilled", f"rerank/{score}/dual_encoder"), ("one_hot", f"rerank/{score}/dual_encoder"))
-                     for what, score in RECALL.items()}
-        | {f"{what}, re-ranked": (("distilled", f"rerank/{score}"), ("one_hot", f"rerank/{score}")) for what, score in RECALL.items()}
-        | {"true caption preferred, ITM": (("distilled", "matching/match"), ("one_hot", "matching/match"))}),
+        config=ALBEF, shared={**DISTILLED, **stage(**{"data.train": NOISY, "evals": evals(retrieval=dict(options=dict(captions="first")), matching={})})},
+        variants=SHARES,
+        differences={what: (("distilled", f"retrieval/{score}"), ("one_hot", f"retrieval/{score}")) for what, score in RECALL.items()}
+        | {"true caption preferred, cosine": (("distilled", "matching/cosine"), ("one_hot", "matching/cosine"))}),
     "momentum_clipart": Claim(
         sentence="Learning from the momentum model's pseudo-targets improves what is learnt from noisy pairs: titles and keywords of clip art.",
         paper="ALBEF (arXiv 2107.07651), sections 3.3 and 6.1",
-        config=ALBEF, shared={**SHORT, **stage(**{"data.train": "tars:{data}/train-*.tar", "data.eval": "tars:{data}/val-*.tar", "data.tokenizer": "train:2000",
-                                                  "evals": evals("tars:{data}/val-*.tar", retrieval={})})},
-        variants={"distilled": stage(**{"loss.alpha": 0.4}), "one_hot": stage(**{"loss.alpha": 0.0})},
+        config=ALBEF, shared={**DISTILLED, **stage(**{"data.train": "tars:{data}/train-*.tar", "data.eval": "tars:{data}/val-*.tar",
+                                                      "data.tokenizer": "train:2000", "evals": evals("tars:{data}/val-*.tar", retrieval={})})},
+        variants=SHARES,
         differences={f"{what.replace('@1', k)}": tuple((name, f"retrieval/{score.replace('@1', k)}") for name in ("distilled", "one_hot"))
                      for what, score in RECALL.items() for k in ("@1", "@10")}),
     "negatives": Claim(
