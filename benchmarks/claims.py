@@ -2,6 +2,7 @@
 
     python -m benchmarks.claims --list
     python -m benchmarks.claims momentum [--workdir=runs/claims] [--seeds=0,1,2]
+    python -m benchmarks.claims momentum_clipart --data=DIR      # tars of real pairs: DIR/train-*.tar, DIR/val-*.tar
 
 Every variant runs with every seed in a work directory of its own, WORKDIR/NAME/VARIANT/SEED. The same command again goes on where it
 was stopped, and runs nothing twice. Runs of one seed see the same data in the same order and start from the same weights (as far as the
@@ -26,10 +27,13 @@ from typing import Any
 
 from benchmarks import paired
 from vlm_jax import config as configs
+from vlm_jax.data.scene import CLASSES, COLOURS, SHAPES, frequency
+from vlm_jax.data.scenes import LENGTHS, NOISE, open_scenes
 from vlm_jax.errors import ConfigError, nearest
 
 BUDGET_S = 90
 SEEDS = (0, 1, 2)
+MADE = "made"      # what a claim prepares: its folder, and its scores among those of the variants
 EXIT_DONE, EXIT_PREEMPTED, EXIT_BAD_CONFIG = 0, 42, 43
 
 Score = tuple[str, str]      # (variant, name of a score in its DONE)
@@ -43,6 +47,10 @@ class Claim:
     config: as for ``--config``. shared, variants: keys of it as on the command line ("stages.pretrain.loss.alpha") and their values;
     what ``shared`` says holds for all variants. differences: what is compared, the side that the claim puts higher
     first. shown: scores to print beside those, of every variant. stage: as for ``--stage``.
+
+    prepare: makes what the variants of a seed train on, called as prepare(folder, seed, train); the same call again goes on where it was
+    stopped. It returns scores, which stand beside those of the variants as "made", or None where a signal stopped it. made: those to print.
+    In values, "{made}" is its folder, "{seed}" the seed, and "{data}" what the command line names by ``--data``.
     """
     sentence: str
     paper: str
@@ -52,82 +60,220 @@ class Claim:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shown: Sequence[str] = ()
     stage: str = ""
+    prepare: Callable[..., Mapping[str, float] | None] | None = None
+    made: Sequence[str] = ()
 
     def scores(self) -> dict[str, list[str]]:
         """The scores to print, by variant."""
-        found = {variant: dict.fromkeys(self.shown) for variant in self.variants}
+        found = {**({MADE: dict.fromkeys(self.made)} if self.prepare else {}), **{variant: dict.fromkeys(self.shown) for variant in self.variants}}
         for sides in self.differences.values():
             for variant, score in sides:
                 found[variant][score] = None
         return {variant: list(names) for variant, names in found.items()}
 
 
-# ---- the claims
+# ---- how claims are spelt
 
-def evals(**kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Small evaluations by their kind, of scenes in free wording."""
-    return {kind: dict(dict(kind=kind, data="scenes:test", examples=400, batch=100), **section) for kind, section in kinds.items()}
+def evals(data: str = "scenes:test:canonical", **kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Small evaluations by their kind."""
+    return {kind: dict(dict(kind=kind, data=data, examples=400, batch=100), **section) for kind, section in kinds.items()}
+
+
+def stage(name: str = "pretrain", **fields: Any) -> dict[str, Any]:
+    """{"steps": 400} of a stage as a claim spells it."""
+    return {f"stages.{name}.{key}": value for key, value in fields.items()}
 
 
 RECALL = {"text to image R@1": "text_to_image/R@1", "image to text R@1": "image_to_text/R@1"}
-RETRIEVAL = dict(retrieval=dict(options=dict(captions="first")))
-RERANK = dict(rerank=dict(examples=200, options=dict(captions="first", k=16)))
+RERANK = dict(rerank=dict(options=dict(captions="first", k=16)))
 
+# Canonical captions: 22 tokens at most. What is learnt in a minute is learnt from many small batches.
+SMALL = {"data.train": "scenes:train:canonical", "data.eval": "scenes:test:canonical", "data.length": 22, "data.batch": 24, "checkpoint.every": 10_000}
 ALBEF = "configs/albef.py"
-SHORT = {"stages.pretrain.steps": 400, "stages.pretrain.data.batch": 32, "stages.pretrain.loss.alpha_ramp": 100, "stages.pretrain.checkpoint.every": 1000}
+SHORT = stage(**SMALL, steps=420, **{"data.size": 32, "loss.queue": 96})
+
+# Matching learns nothing from so few noisy pairs, and has no pseudo-targets: without it there is time for more steps.
+SHARES = {"distilled": stage(**{"loss.alpha": 0.4}), "one_hot": stage(**{"loss.alpha": 0.0})}
+DISTILLED = {**SHORT, **stage(**{"steps": 600, "loss.weights.itm": 0.0})}
+BLIP, NOISY = "configs/blip.py", "scenes:noisy:canonical"
+# Single objects, ten tokens: a captioner and a filter that are worth something in a minute.
+SINGLES = {**SMALL, "data.train": "tars:{made}/noisy/*.tar", "data.eval": "scenes:objects:canonical", "data.length": 10, "data.batch": 32, "data.size": 32}
+BLIP_SHORT = stage(**SINGLES, steps=200, **{"loss.queue": 128, "loss.momentum": 0.95, "model.image.positions": "sincos",
+                                            "model.image.positions_at": ("input", "output")})
+HUMAN = {key: value for name in ("caption", "retrieval") for key, value in stage(name, **{
+    **SINGLES, "data.train": "tars:{made}/human/*.tar", "steps": 80, "evals": {},
+    **({"loss.queue": 128, "loss.momentum": 0.95} if name == "retrieval" else {})}).items()}
+
+# ---- data that claims make first
+
+POOL, CAP = 20_000, 500
+LONG_TAIL = sorted(CLASSES, key=frequency)      # the rarest first
+GROUPS = {"tail": LONG_TAIL[:14], "middle": LONG_TAIL[14:28], "head": LONG_TAIL[28:]}
+
+
+def balance(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float]:
+    """``POOL`` long-tailed pairs in made/pool, and those that balancing over the words of shapes and colours keeps in made/balanced."""
+    from vlm_jax.data import curate, pack
+    pool, out, words = made / "pool", made / "balanced", made / "words.txt"
+    pack.pack(open_scenes("longtail", count=POOL, canonical_share=1.0), str(pool), shard=5000)
+    words.write_text("\n".join((*SHAPES, *COLOURS)))
+    for command in (["queries", f"--list={words}"], ["match", f"--input=tars:{pool}/*.tar"], ["balance", f"--cap={CAP}", f"--seed={seed}"]):
+        if curate.main([*command, f"--out={out}"]):
+            raise ConfigError(f"{command[0]} of {out} failed")
+    kept = curate.add_counts(str(out / f"cap_{CAP}_seed_{seed}"), "balance")[1]["kept"]
+    return {"pairs": float(POOL), "pairs kept": float(kept)}
+
+
+WEB, HUMANS = 2400, 600      # noisy pairs that are rewritten, true ones
+
+
+def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float] | None:
+    """Pre-trains BLIP on ``WEB`` noisy pairs of single objects (made/noisy), tunes a captioner and a filter apart on ``HUMANS`` true pairs of
+    others (made/human), and puts the noisy ones through both (made/SEED/rewritten). Scores: what was kept, by what was planted."""
+    from vlm_jax import capfilt
+    from vlm_jax.data import pack
+    from vlm_jax.data.sources import open_source
+    folder, places = made / str(seed), {"seed": seed, "made": made}
+    record = folder / "made.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    seen = LENGTHS["objects"]      # those before are evaluated on
+    web = range(seen, seen + WEB)
+    noisy, clean = (open_scenes("objects", count=web.stop + HUMANS, canonical_share=1.0, noise=share) for share in (NOISE, 0.0))
+    pack.pack([noisy[i] for i in web], str(made / "noisy"), shard=WEB)
+    pack.pack([clean[i] for i in range(web.stop, web.stop + HUMANS)], str(made / "human"), shard=HUMANS)
+    runs = {}
+    for name in ("pretrain", "caption", "retrieval"):
+        config = set_fields(configs.from_file(BLIP), {**BLIP_SHORT, **stage(evals={}), **HUMAN}, seed, places, BLIP)
+        runs[name] = train(config, folder / "runs", stage=name)
+        if not runs[name].done:
+            return None
+    if capfilt.main([f"--captioner={runs['caption'].folder}", f"--filter={runs['retrieval'].folder}", f"--data=tars:{made / 'noisy'}/*.tar",
+                     f"--out={folder / 'rewritten'}", "--max_length=10", f"--seed={seed}"]):
+        raise ConfigError(f"rewriting into {folder} failed")
+    rewritten, said = open_source(f"tars:{folder / 'rewritten'}/*.tar"), {}
+    for row in range(len(rewritten)):
+        said[rewritten.key(row)] = json.loads(rewritten.record(row, ("json",))["json"])["capfilt"]
+    kept: dict[str, list[bool]] = {"": [], "other": [], "lie": []}
+    true = []
+    for i in web:
+        of_web, synthetic = (said.get(noisy.key(i), {}).get(branch, ("", 0.0)) for branch in ("web", "synthetic"))
+        kept[noisy.caption(i, noisy.scene(i))[1]].append(of_web[1] >= capfilt.PROBABILITY)
+        if synthetic[1] >= capfilt.PROBABILITY:
+            true.append(noisy.judge(i, synthetic[0])["exact"])
+    found = {"true captions kept": statistics.fmean(kept[""]), "captions of others dropped": 1 - statistics.fmean(kept["other"]),
+             "lies dropped": 1 - statistics.fmean(kept["lie"]), "synthetic captions kept": len(true) / WEB,
+             "synthetic captions kept that are true": statistics.fmean(true) if true else math.nan,
+             "texts that are true, before": len(kept[""]) / WEB,
+             "texts that are true, after": (sum(kept[""]) + sum(true)) / max(1, sum(map(sum, kept.values())) + len(true))}
+    record.write_text(json.dumps(found))
+    return found
+
+
+# ---- the claims
 
 CLAIMS: dict[str, Claim] = {
     "momentum": Claim(
         sentence="Learning from the momentum model's pseudo-targets improves what is learnt from noisy pairs.",
         paper="ALBEF (arXiv 2107.07651), sections 3.3 and 6.1",
-        config=ALBEF, shared={**SHORT, "stages.pretrain.data.train": "scenes:noisy", "stages.pretrain.evals": evals(**RETRIEVAL, matching={})},
-        variants={"distilled": {"stages.pretrain.loss.alpha": 0.4}, "one_hot": {"stages.pretrain.loss.alpha": 0.0}},
+        config=ALBEF, shared={**DISTILLED, **stage(**{"data.train": NOISY, "evals": evals(retrieval=dict(options=dict(captions="first")), matching={})})},
+        variants=SHARES,
         differences={what: (("distilled", f"retrieval/{score}"), ("one_hot", f"retrieval/{score}")) for what, score in RECALL.items()}
-        | {"true caption preferred, ITM": (("distilled", "matching/match"), ("one_hot", "matching/match"))}),
+        | {"true caption preferred, cosine": (("distilled", "matching/cosine"), ("one_hot", "matching/cosine"))}),
+    "momentum_clipart": Claim(
+        sentence="Learning from the momentum model's pseudo-targets improves what is learnt from noisy pairs: titles and keywords of clip art.",
+        paper="ALBEF (arXiv 2107.07651), sections 3.3 and 6.1",
+        config=ALBEF, shared={**DISTILLED, **stage(**{"data.train": "tars:{data}/train-*.tar", "data.eval": "tars:{data}/val-*.tar",
+                                                      "data.tokenizer": "train:2000", "evals": evals("tars:{data}/val-*.tar", retrieval={})})},
+        variants=SHARES,
+        differences={f"{what.replace('@1', k)}": tuple((name, f"retrieval/{score.replace('@1', k)}") for name in ("distilled", "one_hot"))
+                     for what, score in RECALL.items() for k in ("@1", "@10")}),
     "negatives": Claim(
         sentence="Matching learns more from hard negatives, mined by contrastive similarity, than from random ones.",
         paper="ALBEF (arXiv 2107.07651), sections 3.2 and 6.1",
-        config=ALBEF, shared={**SHORT, "stages.pretrain.evals": evals(**RERANK, matching={})},
-        variants={name: {"stages.pretrain.loss.negatives": name} for name in ("hard", "random")},
+        config=ALBEF, shared={**SHORT, **stage(evals=evals(**RERANK, matching={}))},
+        variants={name: stage(**{"loss.negatives": name}) for name in ("hard", "random")},
         differences={"true caption preferred, ITM": (("hard", "matching/match"), ("random", "matching/match"))}
-        | {f"{what}, re-ranked": (("hard", f"rerank/{score}"), ("random", f"rerank/{score}")) for what, score in RECALL.items()},
+        | {f"{what}, {how}": (("hard", f"rerank/{score}{tail}"), ("random", f"rerank/{score}{tail}"))
+           for how, tail in (("re-ranked", ""), ("dual encoder", "/dual_encoder")) for what, score in RECALL.items()},
         shown=("matching/cosine",)),
     "rerank": Claim(
         sentence="The fusion encoder ranks the dual encoder's nearest better than the dual encoder does.",
         paper="ALBEF (arXiv 2107.07651), section 5",
-        config=ALBEF, shared={**SHORT, "stages.pretrain.evals": evals(**RERANK)},
-        variants={"albef": {}},
+        config=ALBEF, shared={**SHORT, **stage(evals=evals(**RERANK, matching={}))},
+        variants={"albef": stage(**{"loss.negatives": "hard"})},
         differences={what: (("albef", f"rerank/{score}"), ("albef", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},
         shown=("rerank/pairs", "rerank/text_to_image/reachable", "rerank/text_to_image/seconds_per_1000_queries",
                "rerank/text_to_image/seconds_per_1000_queries/dual_encoder")),
+    "balancing": Claim(
+        sentence="Pairs balanced over queries teach more of rare classes than the pool that they are taken from.",
+        paper="CLIP (arXiv 2103.00020), section 2.2; MetaCLIP (arXiv 2309.16671)", config="configs/clip.py", prepare=balance, made=("pairs", "pairs kept"),
+        shared={**stage(**SMALL), **stage(**{"steps": 300, "data.batch": 48, "data.size": 32, "loss.duplicates": "positives", "evals": evals(
+            "scenes:objects:canonical", zeroshot=dict(examples=840, options=dict(templates="scene", groups=GROUPS)))})},
+        variants={name: stage(**{"data.train": f"tars:{{made}}/{folder}/*.tar"})
+                  for name, folder in (("balanced", f"balanced/cap_{CAP}_seed_{{seed}}"), ("pool", "pool"))},
+        differences={f"zero-shot, {group}": (("balanced", f"zeroshot/top1/{group}"), ("pool", f"zeroshot/top1/{group}")) for group in GROUPS}),
+    "capfilt": Claim(
+        sentence="Captions rewritten and filtered by a model that saw few true pairs teach a new model more than the noisy ones.",
+        paper="BLIP (arXiv 2201.12086), section 4.3 and table 1", config=BLIP, prepare=bootstrap,
+        made=("true captions kept", "captions of others dropped", "lies dropped", "synthetic captions kept", "synthetic captions kept that are true",
+              "texts that are true, before", "texts that are true, after"),
+        shared={**BLIP_SHORT, **stage(evals=evals("scenes:objects:canonical", caption={}, zeroshot=dict(examples=840, options=dict(templates="scene"))))},
+        variants={"rewritten": stage(**{"data.train": "tars:{made}/{seed}/rewritten/*.tar"}), "noisy": stage(**{"data.train": "tars:{made}/noisy/*.tar"})},
+        differences={"exact captions": (("rewritten", "caption/facts/exact"), ("noisy", "caption/facts/exact")),
+                     "zero-shot": (("rewritten", "zeroshot/top1"), ("noisy", "zeroshot/top1"))}),
 }
 
 
 # ---- running
 
-def variant_config(claim: Claim, variant: str, seed: int) -> Any:
-    """The config of one run. Raises ConfigError for a section that does not exist; the run refuses keys that it does not know."""
-    config = configs.from_file(claim.config)
-    for key, value in {**claim.shared, **claim.variants[variant]}.items():
+def placed(value: Any, places: Mapping[str, Any]) -> Any:
+    """A value with "{made}", "{seed}" and "{data}" filled in. Raises ConfigError where ``--data`` is missing."""
+    if isinstance(value, Mapping):
+        return {key: placed(each, places) for key, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    if "{data}" in value and not places.get("data"):
+        raise ConfigError(f"claim: {value!r} needs --data=DIR, a folder of tars")
+    for name, place in places.items():
+        value = value.replace(f"{{{name}}}", str(place))
+    return value
+
+
+def set_fields(config: Any, fields: Mapping[str, Any], seed: int, places: Mapping[str, Any], name: str = "the claim's config") -> Any:
+    """``config`` with ``fields`` ("stages.pretrain.steps") and a seed. Raises ConfigError for a section that does not exist; the run
+    refuses keys that it does not know."""
+    for key, value in fields.items():
         node, (*path, last) = config, key.split(".")
         for part in path:
             if part not in node:
-                raise ConfigError(f"claim: {key} names {part!r}, which {claim.config} lacks{nearest(part, node)}")
+                raise ConfigError(f"claim: {key} names {part!r}, which {name} lacks{nearest(part, node)}")
             node = node[part]
         with node.unlocked(), node.ignore_type():
-            node[last] = value
+            node[last] = placed(value, places)
     for stage in config.stages.values():
         stage.seed = seed
     return config
 
 
-def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Callable[..., Any]) -> tuple[Scores, dict[str, float]] | None:
-    """Runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``."""
-    scores: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in claim.variants}
-    seconds = {}
+def variant_config(claim: Claim, variant: str, seed: int, **places: Any) -> Any:
+    """The config of one run."""
+    return set_fields(configs.from_file(claim.config), {**claim.shared, **claim.variants[variant]}, seed, {"seed": seed, **places}, claim.config)
+
+
+def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Callable[..., Any],
+            data: str = "") -> tuple[Scores, dict[str, float]] | None:
+    """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``."""
+    scores: dict[str, dict[int, Mapping[str, float]]] = {variant: {} for variant in claim.scores()}
+    seconds, made = {}, folder / MADE
     for seed in seeds:      # all variants of a seed before the next one: an early look compares like with like
+        if claim.prepare:
+            found = claim.prepare(made, seed, train)
+            if found is None:
+                return None
+            scores[MADE][seed] = found
         for variant in claim.variants:
-            config, workdir = variant_config(claim, variant, seed), folder / variant / str(seed)
+            config, workdir = variant_config(claim, variant, seed, made=made, data=data), folder / variant / str(seed)
             plain, record = json.loads(configs.to_json(config)), workdir / "run.json"
             done = json.loads(record.read_text()) if record.exists() else {}
             if done.get("config") != plain:
@@ -201,7 +347,8 @@ def report(name: str, claim: Claim, folder: pathlib.Path, scores: Scores, second
     print("\n" + "\n".join(markdown))
     if longest > BUDGET_S:
         print(f"\nThe longest run took {longest:.0f} s, more than the {BUDGET_S} s that a run is to take on 2 cores.")
-    found = {"claim": name, **dataclasses.asdict(claim), "scores": scores, "differences": differences, "seconds": seconds,
+    told = {field.name: getattr(claim, field.name) for field in dataclasses.fields(claim) if field.name != "prepare"}
+    found = {"claim": name, **told, "scores": scores, "differences": differences, "seconds": seconds,
              "machine": paired.machine(), "versions": paired.versions()}
     (folder / "claim.json").write_text(json.dumps(found, indent=1))
     (folder / "claim.md").write_text("\n".join(markdown) + "\n")
@@ -213,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default="", help="the claim; --list shows them")
     parser.add_argument("--list", action="store_true", help="the claims, their papers and their runs")
     parser.add_argument("--workdir", default="runs/claims", help="where runs are kept (default %(default)s)")
+    parser.add_argument("--data", default="", help="folder of tars, for claims on real pairs")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="default %(default)s")
     args = parser.parse_args(argv)
     if args.list:
@@ -228,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--seeds={args.seeds!r} is no list of numbers; nearest: 0,1,2") from None
         from vlm_jax import train  # imports a framework
         folder = pathlib.Path(args.workdir) / args.name
-        measured = measure(CLAIMS[args.name], folder, seeds, train)
+        measured = measure(CLAIMS[args.name], folder, seeds, train, args.data)
         if measured is None:
             print("stopped; the same command resumes", file=sys.stderr)
             return EXIT_PREEMPTED

@@ -39,23 +39,28 @@ def get_config(arg=""):
 def scenes(res):
     return c.stage(
         system="albef",
-        model=dict(image=dict(variant="mini", stem="conv", class_token=True, norms_at=("output",), qk_norm="rms", init_scheme="fan_in"),
+        model=dict(image=dict(variant="mini", stem="conv", norms_at=("output",), positions="sincos", positions_at=("input", "output"), qk_norm="rms",
+                              init_scheme="fan_in"),
                    text=dict(variant="mini", positions=48, cross_layers=2), embed=64, temp=0.07, dtype="auto",
                    tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1)),
-        loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=1.0), queue=1024, alpha=0.4, alpha_ramp=200),
-        optim=dict(name="muon", lr=2e-3, muon_lr=0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%",
-                   decay_from="50%", clip_norm=1.0, groups=(("temp", dict(lr=0.1)),),      # it is no logarithm: a rate for weights would take it to 0
+        # so few steps leave a long queue stale, a slow teacher behind, and a word in seven masked in short captions says little
+        loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=1.0), momentum=0.95, queue=128, alpha=0.4, alpha_ramp=200, mask_share=0.4),
+        optim=dict(name="muon", lr=2e-3, muon_lr=0.03, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
+                   muon_exclude=(".*/table", ".*/position_embed", ".*/type_embed"), schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
+                   groups=(("temp", dict(lr=0.02)),),      # it is no logarithm: a rate for weights would take it to 0
                    clamps=(TEMPERATURE,), ema=0.0, max_bad_steps=10),
-        data=dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes",
+        data=dict(train="scenes:train", eval="scenes:test", batch=32, microbatch=0, size=res, length=32, tokenizer="scenes",
                   augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01),
-        evals=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first")), grounding=dict(kind="grounding", examples=500)),
-        steps=1000, checkpoint=dict(every=500, keep=2))
+        evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
+                   rerank=dict(kind="rerank", examples=500, options=dict(captions="first", k=16)), matching=dict(kind="matching", examples=500),
+                   grounding=dict(kind="grounding", examples=500)),
+        steps=1500, checkpoint=dict(every=500, keep=2))
 
 
 def scenes_retrieval():
     return c.stage(**{**scenes(48), **dict(
-        model="init", init="@pretrain", loss=dict(weights=dict(itc=1.0, itm=1.0), queue=1024, alpha=0.4, targets="images"),
-        optim=dict(scenes(48)["optim"], lr=5e-4, muon_lr=0.02), steps=300)})
+        model="init", init="@pretrain", loss=dict(weights=dict(itc=1.0, itm=1.0), momentum=0.95, queue=128, alpha=0.4, targets="images"),
+        optim=dict(scenes(48)["optim"], lr=5e-4, muon_lr=0.01), steps=300)})
 
 
 def base(res):

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import claims
 from tests import tiny
 from vlm_jax import train
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import ConfigError
 from vlm_jax.run import Trained
 
@@ -105,12 +106,43 @@ def test_the_report_has_json_and_rows(tmp_path, capsys, monkeypatch):
     assert markdown in printed and "more than the 90 s" in printed
 
 
+def test_what_is_prepared_is_trained_on_and_scored(tmp_path):
+    asked, runs = [], Runs()
+
+    def prepare(made, seed, train):
+        asked.append((made, seed))
+        return None if seed == 9 else {"kept": 10.0 + seed}
+
+    claim = claims.Claim(**{**vars_of(CLAIM), "prepare": prepare, "made": ("kept",), "shared": {
+        **CLAIM.shared, "stages.pretrain.data.train": "tars:{made}/{seed}/{0..3}.tar;tars:{data}/*.tar"}})
+    with pytest.raises(ConfigError, match="needs --data=DIR"):
+        claims.measure(claim, tmp_path, (1,), runs)
+    scores, _ = claims.measure(claim, tmp_path, (0, 1), runs, "/real")
+    assert asked == [(tmp_path / "made", seed) for seed in (1, 0, 1)] and scores["made"][1] == {"kept": 11.0}
+    assert runs.seen[-1][3] == f"tars:{tmp_path}/made/1/{{0..3}}.tar;tars:/real/*.tar"
+    assert "| made | kept | 10 | 11 |" in "\n".join(claims.rows(claim, scores, claims.compare(claim, scores)))
+    assert claims.measure(claim, tmp_path, (9,), runs, "/real") is None
+
+
+def test_balancing_prepares_pairs_of_the_tail(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POOL", 300)
+    monkeypatch.setattr(claims, "CAP", 20)
+    told = claims.balance(tmp_path, 1, None)
+    assert claims.balance(tmp_path, 1, None) == told and 40 < told["pairs kept"] < 200 and told["pairs"] == 300
+    texts = {"pool": "pool", "balanced": "balanced/cap_20_seed_1"}
+    texts = {name: [s["text"][0] for s in open_source(f"tars:{tmp_path}/{folder}/*.tar")] for name, folder in texts.items()}
+    shares = {name: np.mean(["red" in t for t in found]) for name, found in texts.items()}
+    assert len(texts["balanced"]) == told["pairs kept"] and shares["balanced"] < shares["pool"]
+    rare = [t for t in texts["pool"] if "heart" in t]
+    assert rare and sorted(rare) == sorted(t for t in texts["balanced"] if "heart" in t)
+
+
 def test_registered_claims_compare_what_they_run(capsys):
     for name, claim in claims.CLAIMS.items():
         assert claim.sentence.endswith(".") and "arXiv" in claim.paper and name.isidentifier()
         assert all(names for names in claim.scores().values())      # no variant is run for nothing
         kinds = {key for key in {**claim.shared}["stages.pretrain.evals"]}
-        assert {score.partition("/")[0] for names in claim.scores().values() for score in names} <= kinds
+        assert {score.partition("/")[0] for variant in claim.variants for score in claim.scores()[variant]} <= kinds
         assert len({json.dumps(v) for v in claim.variants.values()}) == len(claim.variants)
     assert claims.main(["--list"]) == 0 and claims.CLAIMS["momentum"].sentence in capsys.readouterr().out
     assert claims.main(["momentun"]) == claims.main(["momentum", "--seeds=a"]) == 43

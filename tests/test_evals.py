@@ -358,6 +358,14 @@ def test_zeroshot_scores_chance_and_majority():
     assert out.pictures["neighbours"][0]["query"] == "red"
 
 
+def test_zeroshot_scores_groups_of_classes_among_all():
+    out = run("zeroshot", classes=("red", "blue", "green"), templates=("a {}", "the small {}"), groups={"warm": ("red",), "cold": ("blue", "green")})
+    assert out.scores["zeroshot/top1/warm"] == pytest.approx(2 / 3) and out.scores["zeroshot/top1/cold"] == 1
+    assert out.scores["zeroshot/top1/warm/chance"] == pytest.approx(1 / 3)
+    with pytest.raises(ConfigError, match="groups.warm: 'rad' is no class.*nearest: 'red'"):
+        run("zeroshot", classes=("red", "blue", "green"), templates="plain", groups={"warm": ("rad",)})
+
+
 def test_zeroshot_normalises_averages_and_normalises_again():
     weights = {"3": (1.0, 0.0), "10": (0.6, 0.8), "4": (0.0, 1.0)}    # a, the, red
 

@@ -17,6 +17,7 @@ from vlm_jax.data.scene import (
     make_scene,
 )
 from vlm_jax.data.scene_text import canonical, caption, judge, parse, questions
+from vlm_jax.data.sources import open_source
 
 EVALUATION = ("val", "test", "heldout_pair", "heldout_triple")
 SOME = [make_scene(i, split) for split in SPLITS for i in range(160)]
@@ -58,7 +59,7 @@ def test_held_out_combinations_are_where_they_belong(split):
         pairs = sum((t.shape, t.colour) in HELD_OUT_PAIRS for t in objects)
         triples = sum((t.shape, t.colour, t.fill) in HELD_OUT_TRIPLES for t in objects)
         assert (pairs, triples) == {"heldout_pair": (1, 0), "heldout_triple": (0, 1)}.get(split, (0, 0))
-        assert len(objects) in {"train": (1, 2, 3), "objects": (1,)}.get(split, (2, 3))
+        assert len(objects) in {"train": (1, 2, 3), "objects": (1,), "longtail": (1,)}.get(split, (2, 3))
 
 
 def test_held_out_tables_are_the_promised_sizes_and_leave_every_word_seen():
@@ -329,7 +330,7 @@ def test_source(split):
     assert len(source) == 84 == len(list(source)) and len(scenes.open_scenes("train")) == 10_000_000
     sample = source[83]
     assert sample["image"].shape == (48, 48, 3) and sample["key"] == f"{split}/00000083"
-    assert len(sample["text"]) == (1 if split == "train" else 2)
+    assert len(sample["text"]) == (1 if split in scenes.TRAINING else 2)
     assert all(source.judge(83, text)["exact"] for text in sample["text"])
     assert len(sample["json"]["boxes"]) == len(sample["json"]["objects"])
     assert {"kind", "question", "answer"} == set(sample["json"]["questions"][0])
@@ -358,3 +359,20 @@ def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["scenes", "speed", "--count=50"])
     scenes.main()
     assert "samples_per_second" in capsys.readouterr().out
+
+
+def test_long_tail_falls_off_as_it_says():
+    source = scenes.open_scenes("longtail", canonical_share=1.0)
+    drawn = np.bincount([scene.class_of(source.scene(i)) for i in range(3000)], minlength=len(scene.CLASSES)) / 3000
+    wanted = np.array([scene.frequency(name) for name in scene.CLASSES])
+    assert wanted.sum() == pytest.approx(1) and wanted.max() / wanted.min() > 200
+    assert np.abs(drawn - wanted).max() < 4 * np.sqrt(wanted.max() / 3000)
+
+
+def test_canonical_wording_alone_is_a_source_of_its_own():
+    test, noisy = open_source("scenes:test:canonical"), open_source("scenes:noisy:canonical")
+    assert test[3]["text"] == [canonical(make_scene(3, "test"))] and test.name == "scenes:test:canonical"
+    texts = {noisy[i]["json"]["noise"]: noisy[i]["text"][0] == canonical(make_scene(i, "train")) for i in range(40)}
+    assert texts == {"": True, "lie": False, "other": False}
+    with pytest.raises(ValueError, match="wording 'canonicl' is not known; nearest: 'scenes:test:canonical'"):
+        open_source("scenes:test:canonicl")

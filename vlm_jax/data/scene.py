@@ -17,6 +17,8 @@ val, test      seen combinations; no set of objects of one of these three occurs
 heldout_pair   exactly one object has a (shape, colour) of ``HELD_OUT_PAIRS``
 heldout_triple exactly one object has a (shape, colour, fill) of ``HELD_OUT_TRIPLES``, none a pair
 objects        one object of a seen combination, classes in turn, for zero-shot classification
+longtail       for training: one object of a seen combination, shapes and colours with the frequencies
+               of ``frequency``
 ============== ==================================================================================
 
 The evaluation splits (val, test, held-out) enumerate sets of objects without repetition, so that
@@ -44,7 +46,7 @@ MATERIALS = ("matte", "shiny")
 RELATIONS = ("left", "right", "above", "below")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
-SPLITS = ("train", "val", "test", "heldout_pair", "heldout_triple", "objects")
+SPLITS = ("train", "val", "test", "heldout_pair", "heldout_triple", "objects", "longtail")
 DISTINCT = 5000  # scenes at the start of val, test and the held-out splits with pairwise different facts
 
 HELD_OUT_PAIRS = frozenset({
@@ -169,6 +171,17 @@ def class_of(scene: Scene) -> int:
     return CLASSES.index(f"{thing.colour} {thing.shape}")
 
 
+def frequency(name: str) -> float:
+    """How often split "longtail" draws one of ``CLASSES``, as a share: shapes and colours fall off as their rank to the power of -1.5."""
+    return _longtail()[CLASSES.index(name)]
+
+
+@functools.cache
+def _longtail() -> tuple[float, ...]:
+    mass = [((1 + COLOURS.index(colour)) * (1 + SHAPES.index(shape))) ** -1.5 for colour, shape in map(str.split, CLASSES)]
+    return tuple(m / sum(mass) for m in mass)
+
+
 def _between(rng: random.Random, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
@@ -203,8 +216,9 @@ _STEP = 2_654_435_761  # a prime longer than any list of ranks: stepping by it v
 
 def _kinds(index: int, split: str, rng: random.Random) -> list[Kind]:
     if split == "objects":
-        colour, shape = CLASSES[index % len(CLASSES)].split()
-        return [pick(rng, [k for k in SEEN if k[:2] == (shape, colour)])]
+        return [_of_class(CLASSES[index % len(CLASSES)], rng)]
+    if split == "longtail":
+        return [_of_class(CLASSES[bisect_right(list(itertools.accumulate(_longtail()))[:-1], rng.random())], rng)]
     if split == "train":
         draw = rng.random()
         count = 1 if draw < 0.1 else 2 if draw < 0.55 else 3
@@ -221,6 +235,11 @@ def _kinds(index: int, split: str, rng: random.Random) -> list[Kind]:
     held = _PAIR if split == "heldout_pair" else _TRIPLE
     rank = turn * _STEP % (len(held) * math.comb(len(SEEN), count - 1))
     return [held[rank % len(held)], *(SEEN[i] for i in _subset(rank // len(held), count - 1))]
+
+
+def _of_class(name: str, rng: random.Random) -> Kind:
+    colour, shape = name.split()
+    return pick(rng, [k for k in SEEN if k[:2] == (shape, colour)])
 
 
 def _subset(rank: int, count: int) -> list[int]:

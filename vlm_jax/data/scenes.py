@@ -1,6 +1,6 @@
 """The embedded data set ``scenes``: procedural pictures with captions, questions and boxes, by index.
 
-    source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects, noisy
+    source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects, longtail, noisy
     source = open_scenes("train/vqa")  # of any split: SPLIT/vqa, SPLIT/entailment, SPLIT/pairs
     source[0]                          # {"key", "image" [64, 64, 3], "text": [caption], "json": ...}
 
@@ -58,7 +58,8 @@ __all__ = ["CLASSES", "RELATIONS", "SPLITS", "Facts", "Question", "Scene", "Scen
 
 TOKENIZER = pathlib.Path(__file__).parent / "assets" / "scenes.model"
 LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "heldout_pair": 1000, "heldout_triple": 1000,
-           "objects": 1050}
+           "objects": 1050, "longtail": 10_000_000}
+TRAINING = ("train", "longtail")
 VIEWS = ("boxes", "questions")
 TASKS = ("vqa", "entailment", "pairs")
 NOISY, NOISE = "noisy", 0.3     # the training scenes with that share of false captions, as alt texts of the web have them
@@ -69,7 +70,8 @@ class Scenes:
 
     def __init__(self, split: str, size: int, count: int, canonical_share: float, views: Sequence[str], noise: float):
         self.split, self.size, self.count, self.noise = split, size, count, noise
-        self.canonical_share, self.views, self.name = canonical_share, tuple(views), f"scenes:{NOISY if noise else split}"
+        self.canonical_share, self.views = canonical_share, tuple(views)
+        self.name = f"scenes:{NOISY if noise else split}" + ":canonical" * (canonical_share == 1)
         if split == "objects":
             self.classes = list(CLASSES)
 
@@ -106,13 +108,13 @@ class Scenes:
         scene = self.scene(i)
         sample: dict[str, Any] = {"key": self.key(i), "image": render(scene, self.size)}
         sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
-        if self.split == "train" or self.noise:
+        if self.split in TRAINING or self.noise:
             text, wrong = self.caption(i, scene)
             sample["text"] = [text]
             if self.noise:
                 sample["json"]["noise"] = wrong
         else:
-            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)]
+            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
         if self.split == "objects":
             sample["label"] = class_of(scene)
         if "boxes" in self.views:
@@ -190,8 +192,8 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
 
     A sample has key; image, uint8 [size, size, 3]; text; json (`objects`, and each of `views`: "boxes" in
     pixels, "questions"). In "train", text is one caption, canonical with probability `canonical_share`; in the
-    other splits it is a free wording and then the canonical one. "objects" adds label, and the source has
-    `classes`. `judge(i, text)` checks a caption, `swaps(i)` has false ones.
+    other splits it is a free wording and then the canonical one (a share of 1: the canonical one alone). "longtail" trains
+    too. "objects" adds label, and the source has `classes`. `judge(i, text)` checks a caption, `swaps(i)` has false ones.
 
     With `noise` a sample has one caption, and that share of them is false: of another scene, or a fluent lie, half each, by the
     index. json then says which (`noise`: "", "other", "lie"), for those who score a filter: batches do not carry it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.errors import ConfigError
+from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import embed_images, embed_texts, needs
 from vlm_jax.evals.evaluation import Evaluation
@@ -17,7 +17,7 @@ from vlm_jax.evals.rank import rank, with_baselines
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
              source: Any = None, templates: str | Sequence[str] = "photo", classes: Sequence[str] = (),
-             text_length: int = 0, queries: int = 6) -> Evaluation:
+             groups: Mapping[str, Sequence[str]] | None = None, text_length: int = 0, queries: int = 6) -> Evaluation:
     """Classifies by the nearest class prompt (CLIP, section 3.1.4): the normalised embeddings of a class's
     prompts are averaged and normalised again.
 
@@ -26,13 +26,14 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         batches: host batches with ``image`` and ``meta`` (``label``, an index into the classes).
         templates: a name of ``prompts.TEMPLATES`` or the templates themselves.
         classes: names; empty takes ``source.classes``.
+        groups: names of classes by the name of a group, scored apart: which of their images are right, among all classes.
         text_length: ids per prompt; 0 takes the batches'.
         queries: how many classes to picture with the images nearest to them.
 
     Returns:
         scores ``zeroshot/top1``, ``zeroshot/top5`` (above five classes) and ``zeroshot/mean_per_class``,
         with chance (a class drawn blindly), interval, and ``majority``: always guessing the most
-        frequent labels of this set. Ties count against the model.
+        frequent labels of this set; ``zeroshot/top1/<group>``. Ties count against the model.
     """
     embed = needs(predict, "embed", "zeroshot")
     names = list(classes) or list(getattr(source, "classes", None) or ())
@@ -63,6 +64,14 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         scores |= with_baselines(f"zeroshot/top{k}", (ranks <= k).mean(), k / len(names),
                                  bootstrap.mean_interval(ranks <= k), majority=frequent[:k].sum())
     hits = (ranks == 1).astype(np.float64)
+    for group, members in (groups or {}).items():
+        for name in members:
+            if name not in names:
+                raise ConfigError(f"zeroshot groups.{group}: {name!r} is no class{nearest(name, names)}")
+        rows = np.isin(labels, [names.index(name) for name in members])
+        if not rows.any():
+            raise ConfigError(f"zeroshot groups.{group}: no image is of its classes")
+        scores |= with_baselines(f"zeroshot/top1/{group}", hits[rows].mean(), 1 / len(names), bootstrap.mean_interval(hits[rows]))
 
     def mean_per_class(rows):
         """Mean over the classes that these rows have."""
