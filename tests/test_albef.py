@@ -330,6 +330,6 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="loss.negatives='hrad' is not known; nearest: 'hard'"):
         stages.resolve(section, "pretrain")
     section = config("albef").stages.pretrain
-    section.loss.queue = 32
-    with pytest.raises(ConfigError, match="loss.queue=32 is smaller than data.batch=64"):
+    section.loss.queue = 16
+    with pytest.raises(ConfigError, match="loss.queue=16 is smaller than data.batch=32"):
         stages.resolve(section, "pretrain")
