@@ -2,7 +2,8 @@
 
 python -m vlm_jax.main --config=configs/vqkd.py
     The embedded preset: a small CLIP of procedural scenes (teacher), then the tokenizer that learns to say its features in codes; a few minutes
-    on 2 CPU cores.
+    on 2 CPU cores. Decoded features reach a cosine of 0.73 to the teacher's (the best constant feature 0.09), with 33 of the 256 codes in use and a
+    perplexity of 18: most patches are background, and codes that k-means left behind in the first step are not revived, as published.
 python -m vlm_jax.main --config=configs/vqkd.py:base --config.stages.tokenizer.init=CLIP_DIR \\
     --config.stages.tokenizer.data.train='tars:/data/imagenet/{0000..1023}.tar' --config.stages.tokenizer.data.eval=tars:/data/imagenet/val.tar
     The paper's tokenizer; CLIP_DIR: ViT-B/16 imported with --release=openai_clip, or any other CLIP with a ViT of patch 16, trained or imported.
@@ -36,14 +37,15 @@ def scenes_teacher(res):
                    tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1)),
         loss=dict(weights=dict(con=1.0), kind="softmax", directions="mean", duplicates="negatives"),
         optim=dict(name="muon", lr=3e-3, muon_lr=0.08, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01, muon_exclude=(".*/table",),
-                   schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0, clamps=(("logit_scale", 0.0, 4.605170185988092),), ema=0.0, max_bad_steps=10),
+                   schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
+                   clamps=(("logit_scale", 0.0, 4.605170185988092),), ema=0.0, max_bad_steps=10),
         data=scenes_data(res), evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first"))),
         steps=600, checkpoint=dict(every=300, keep=1))
 
 
 def scenes_data(res):
-    return dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash", eval_augment="squash",
-                threads=1, prefetch=8, bad_budget=0.01)
+    return dict(train="scenes:train", eval="scenes:test", batch=64, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash",
+                eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01)
 
 
 def scenes(res, layers):
@@ -63,8 +65,8 @@ def base(res, layers):
     images (2e-4) after 10 epochs of warm-up, cosine to 1e-5; crops of 8 to 100% of the image, bicubic, and flips."""
     return c.stage(
         system="vqkd",
-        model=dict(encoder=dict(variant="beit_b16", remat="full"), decoder=dict(variant="beit_b16", layers=layers, remat="full"), codes=8192, code_width=32,
-                   teacher="init", dtype="auto"),
+        model=dict(encoder=dict(variant="beit_b16", remat="full"), decoder=dict(variant="beit_b16", layers=layers, remat="full"),
+                   codes=8192, code_width=32, teacher="init", dtype="auto"),
         loss=dict(weights=dict(rec=1.0, commit=1.0), decay=0.99), trainable=(TEACHER,),
         optim=dict(name="adamw", lr=2e-4, b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4, decay_exclude=NO_DECAY, schedule="cosine", warmup="10epochs", start_lr=1e-6, end_lr=1e-5,
                    ema=0.0, max_bad_steps=10),

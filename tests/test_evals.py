@@ -565,7 +565,8 @@ def test_codebook_counts_codes_and_pictures_what_they_stand_for():
     frequent, rare = out.pictures["codes"]
     assert frequent["query"].startswith("code 0: 75") and rare["query"].startswith("code 1: 5")
     assert frequent["scores"] == [1.0, 1.0, 1.0] and len(rare["images"]) == 1 and frequent["images"][0].shape == (96, 96, 3)
-    assert (rare["images"][0][32:64, 32:64] == [0, 0, 0]).all() and (rare["images"][0][:32, 32:64] == [9, 0, 45]).all()      # the lower left patch is black, the one above dark
+    patch = rare["images"][0]      # the lower left one is black, the one above it dark
+    assert (patch[32:64, 32:64] == 0).all() and (patch[:32, 32:64] == [9, 0, 45]).all()
     assert "codebook/cosine" not in run("codebook", predict={"tokens": lambda b: {k: v for k, v in quantised(b).items() if k != "cosine"}}).scores
 
 

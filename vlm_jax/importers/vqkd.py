@@ -55,4 +55,5 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
     """The official loader reads no config: it is told the name of a size."""
 
 
-RELEASE = Release("vqkd", "vqkd", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"), write_config, blank=BLANK, resize="resize_positions_border", licence="mit")
+RELEASE = Release("vqkd", "vqkd", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"), write_config,
+                  blank=BLANK, resize="resize_positions_border", licence="mit")

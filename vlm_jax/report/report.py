@@ -64,7 +64,8 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
             (folder / f"{name}.png").write_bytes(pictures[name])
     path = folder / "report.html"
     path.write_text(page.build(title=title, subtitle=_subtitle(metrics), scores=series.read_scores(scores), figures=figures,
-                               neighbours=neighbours, captions=captions, codes=codes, config_text=config_text, notes=notes, provenance=provenance or {}), "utf-8")
+                               neighbours=neighbours, captions=captions, codes=codes, config_text=config_text, notes=notes,
+                               provenance=provenance or {}), "utf-8")
     return path
 
 

@@ -99,7 +99,8 @@ def build_model(*, encoder: dict, decoder: dict, codes: int, code_width: int, si
         section = {k: v for k, v in teacher.items() if k != "dtype"}
         taught = configs.call(build_teacher, section, "model.teacher", size=size, compute=dtype)
         if taught.image.image_size // taught.image.patch != side:
-            raise ConfigError(f"model.teacher.image.patch={taught.image.patch} gives another grid than model.encoder.patch={encoder.patch}; nearest: {encoder.patch}")
+            raise ConfigError(f"model.teacher.image.patch={taught.image.patch} gives another grid than model.encoder.patch={encoder.patch}; "
+                              f"nearest: {encoder.patch}")
         if features not in (0, taught.embed):
             raise ConfigError(f"model.features={features}, but the teacher's are {taught.embed} wide; nearest: {taught.embed}")
         features = taught.embed
