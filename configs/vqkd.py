@@ -68,8 +68,8 @@ def base(res, layers):
         model=dict(encoder=dict(variant="beit_b16", remat="full"), decoder=dict(variant="beit_b16", layers=layers, remat="full"),
                    codes=8192, code_width=32, teacher="init", dtype="auto"),
         loss=dict(weights=dict(rec=1.0, commit=1.0), decay=0.99), trainable=(TEACHER,),
-        optim=dict(name="adamw", lr=2e-4, b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4, decay_exclude=NO_DECAY, schedule="cosine", warmup="10epochs", start_lr=1e-6, end_lr=1e-5,
-                   ema=0.0, max_bad_steps=10),
+        optim=dict(name="adamw", lr=2e-4, b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4, decay_exclude=NO_DECAY, schedule="cosine",
+                   warmup="10epochs", start_lr=1e-6, end_lr=1e-5, ema=0.0, max_bad_steps=10),
         data=dict(train="", eval="", batch=512, microbatch=0, size=res, length=1, tokenizer="scenes", augment="random_resized_crop(scale=0.08..1)|flip",
-                  eval_augment="resize|center_crop", threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
+                  eval_augment=f"resize({res * 8 // 7 if res < 384 else res})|center_crop", threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01),
         evals=dict(codebook=dict(kind="codebook", every="10epochs")), steps="100epochs", checkpoint=dict(every="1epoch", keep=3))

@@ -26,12 +26,13 @@ def tower(shapes: Shapes, name: str, hint: str, hints: Hints) -> dict[str, Any]:
 
 
 def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, dict[str, Any]]:
-    """Sizes from the tensors. Pixels are [0, 1] times 2 minus 1, whatever is in a batch."""
+    """Sizes from the tensors. Pixels are [0, 1] times 2 minus 1, whatever is in a batch; below 384 an eighth is cropped off (``beit2/datasets.py``)."""
     patch = shape_of(shapes, "encoder.patch_embed.proj.weight")[2]
+    size = hints.size or patch * grid_of(shape_of(shapes, "encoder.pos_embed")[1])
     codes, width = shape_of(shapes, TABLE)
     return dict(model=dict(encoder=dict(tower(shapes, "encoder", "image_heads", hints), patch=patch), decoder=tower(shapes, "decoder", "decoder_heads", hints),
                            codes=codes, code_width=width, features=shape_of(shapes, "decode_task_layer.2.weight")[0]),
-                data=dict(size=patch * grid_of(shape_of(shapes, "encoder.pos_embed")[1]), length=1, eval_augment="resize|center_crop"), clamps=(),
+                data=dict(size=size, length=1, eval_augment=f"resize({size * 8 // 7 if size < 384 else size})|center_crop"), clamps=(),
                 loss=dict(weights=dict(rec=1.0, commit=1.0)))
 
 
