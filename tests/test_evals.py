@@ -9,7 +9,7 @@ import pytest
 
 from vlm_jax import evals, evaluate
 from vlm_jax.errors import ConfigError
-from vlm_jax.evals import bootstrap, prompts, text_metrics
+from vlm_jax.evals import bootstrap, codebook, prompts, text_metrics
 from vlm_jax.evals.rank import chance_mean, chance_median, chance_within, rank, rerank
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "caption_metrics.json").read_text())
@@ -546,3 +546,40 @@ def test_items_are_written_as_json_lines(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a" / "items.jsonl").read_text("utf-8").splitlines()]
     assert rows[:-1] == out.items and rows[-1] == {"x": 0.5, "y": [0, 1], "z": "é"}
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["items.jsonl"]
+
+
+# codebook
+
+def quantised(batch):
+    """Four patches an image, with codes of a book of five; the first pixel's channels tell the codes of three."""
+    first = batch["image"][:, 0, 0].astype(int)
+    ids = np.concatenate([np.clip(first // 100, 0, 2), np.zeros((4, 1), int)], 1)
+    target = np.zeros((4, 4, 2), np.float32)
+    target[:, :2, 0], target[:, 2:, 1] = 3, 1
+    return {"ids": ids, "similarity": 1 - first[:, [0, 1, 2, 0]] / 1000, "codes": np.int32(5), "decoded": None, "target": target,
+            "cosine": np.where(ids == 0, 0.5, 1.0)}
+
+
+def test_codebook_counts_codes_and_pictures_what_they_stand_for():
+    out = run("codebook", predict={"reconstruct": quantised}, shown=2, nearest=3)
+    s, ids = out.scores, np.array([[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [2, 0, 0, 0], [0, 0, 1, 0]])
+    assert [list(i["ids"]) for i in out.items] == ids.tolist()
+    share = np.array([15, 1, 4]) / 20
+    assert s["codebook/usage"] == 0.6 and abs(s["codebook/usage/uniform"] - (1 - 0.8 ** 20)) < 1e-9
+    assert abs(s["codebook/perplexity"] - np.exp(-(share * np.log(share)).sum())) < 1e-9 and s["codebook/perplexity/codes"] == 5
+    assert s["codebook/images"] == 5 and s["codebook/tokens"] == 20      # rows that fill a batch up do not count
+    assert abs(s["codebook/cosine"] - (15 * 0.5 + 5) / 20) < 1e-6 and s["codebook/cosine/ci_low"] <= s["codebook/cosine"] <= s["codebook/cosine/ci_high"]
+    assert abs(s["codebook/cosine/constant"] - 0.5 ** 0.5) < 1e-6      # half of the features lie along each axis
+    frequent, rare = out.pictures["codes"]
+    assert frequent["query"].startswith("code 0: 75") and rare["query"].startswith("code 1: 5")
+    assert frequent["scores"] == [1.0, 1.0, 1.0] and len(rare["images"]) == 1 and frequent["images"][0].shape == (96, 96, 3)
+    patch = rare["images"][0]      # the lower left one is black, the one above it dark
+    assert (patch[32:64, 32:64] == 0).all() and (patch[:32, 32:64] == [9, 0, 45]).all()
+    assert "codebook/cosine" not in run("codebook", predict={"tokens": lambda b: {k: v for k, v in quantised(b).items() if k != "cosine"}}).scores
+
+
+def test_a_pictured_patch_stands_in_its_darkened_surroundings():
+    image = np.full((4, 4, 3), 100, np.uint8)
+    image[2:, :2] = 200
+    found = codebook.patch(image, 2, 4)
+    assert found.shape == (96, 96, 3) and (found[32:64, 32:64] == 200).all() and (found[:32, 32:] == 45).all() and (found[:, :32] == 0).all()

@@ -11,17 +11,20 @@ from vlm_jax.train import init
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = [("clip", ""), ("clip", "small"), ("clip", "b32"), ("clip", "b32,text=cbow"), ("clip", "rn50"), ("clip", "bigg14"),
-         ("coca", ""), ("coca", "base"), ("coca", "2b"), ("coca", "b32_open"), ("albef", ""), ("albef", "base"), ("blip", ""), ("blip", "base")]
+         ("coca", ""), ("coca", "base"), ("coca", "2b"), ("coca", "b32_open"), ("albef", ""), ("albef", "base"), ("blip", ""), ("blip", "base"),
+         ("vqkd", "")]
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def tables(name, arg):
     """file name -> table, for every stage of the config."""
-    for stage_name, section in config(name, arg).stages.items():
+    whole = config(name, arg)
+    for stage_name, section in whole.stages.items():
         if section.model == stages.INHERIT:      # the model of another stage
             continue
+        section = stages.inherit(whole, pathlib.Path(), stage_name)
         section.data.tokenizer = section.data.tokenizer if section.data.train else ""
-        for key, value in section.model.tokens.items():
+        for key, value in section.model.get("tokens", {}).items():
             if not section.data.tokenizer:
                 section.model.tokens[key] = max(value, 0) if key != "vocab" else max(value, 1000)
         plan = stages.resolve(section, stage_name).plan

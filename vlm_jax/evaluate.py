@@ -9,6 +9,7 @@ python -m vlm_jax.evaluate DIR caption  --data=folder:TEST
 python -m vlm_jax.evaluate DIR grounding --data=scenes:test
 python -m vlm_jax.evaluate DIR vqa      --data=jsonl:TEST.json --candidates=answer_list.json [--method=generate]
 python -m vlm_jax.evaluate DIR classify --data=jsonl:TEST.json
+python -m vlm_jax.evaluate DIR codebook --data=folder:TEST
 
 Prints each score with chance and a 95% interval; --out=DIR keeps them, and every item's prediction.
 """
@@ -64,7 +65,7 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "classify"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "classify", "codebook"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
     parser.add_argument("--train", default="", help="probe: what to fit on; vqa: what to count answers in")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")

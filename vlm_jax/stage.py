@@ -373,14 +373,17 @@ INHERIT = "init"      # as ``model``: that of the weights which the stage starts
 
 def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
     """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length,
-    tokenizer, eval_augment and text_clean where they say 0 or "". Raises ConfigError for an origin that is of another system."""
+    tokenizer, eval_augment and text_clean where they say 0 or "". A key of ``model`` that says "init" has the origin's whole model, of whatever
+    system: a teacher. Raises ConfigError for an origin that is of another system than it must be."""
     section = ConfigDict(configs.to_plain(config.stages[name]))
     plain = configs.to_plain(section)
-    if plain.get("model") != INHERIT:
+    model = plain.get("model")
+    parts = [key for key, value in model.items() if value == INHERIT] if isinstance(model, Mapping) else []
+    if model != INHERIT and not parts:
         return section
     found = origins(section)
     if not found:
-        raise ConfigError(f"stages.{name}.model={INHERIT!r} takes the model from what init names, which is nothing; "
+        raise ConfigError(f"stages.{name}.model{'.' + parts[0] if parts else ''}={INHERIT!r} takes the model from what init names, which is nothing; "
                           "nearest: init=@pretrain, or a trained or imported directory")
     if found[0].startswith("@") and found[0][1:] in config.stages:
         origin = inherit(config, workdir, found[0][1:])
@@ -391,6 +394,8 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
         folder = origin_folder(config, workdir, found[0])
         origin = configs.from_json((folder / "config.json").read_text())
         tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").exists() else ""
+    if parts:
+        return ConfigDict({**plain, "model": {**model, **{key: configs.to_plain(origin.model) for key in parts}}})
     if origin.system != section.system:
         raise ConfigError(f"stages.{name}.init={found[0]!r} is a {origin.system!r}, the stage a {section.system!r}; "
                           f"nearest: --config=configs/{origin.system}.py")

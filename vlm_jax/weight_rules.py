@@ -127,6 +127,7 @@ HOW: Mapping[str, How] = {
     "heads": How(_reshape, lambda x: x.reshape(-1)),                                               # [h*d] -> [h, d]
     "conv": How(lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),      # OIHW -> HWIO
     "patches": How(lambda x, shape: _reshape(x.transpose(2, 3, 1, 0), shape), _patches_back),      # OIHW -> [h*w*i, o]
+    "cells": How(lambda x, shape: x[:, :, 0, 0].T, lambda x: x.T[..., None, None]),                # a 1x1 convolution [out, in, 1, 1] -> [in, out]
     "resize_positions": How(_if_needed(resize_grid), _same),
     "one": How(_reshape, lambda x: x.reshape(1)),                                                  # [1] -> []
     "id_row": How(_reshape, lambda x: x[None]),                                                    # [1, n] -> [n]

@@ -18,7 +18,7 @@ class Evaluation:
     ``a/b/ci_low`` and ``a/b/ci_high`` (95% bootstrap over images) and other baselines by name.
 
     items: one JSON-able record per prediction. pictures: arguments of ``report.write_report``
-    (``similarity``, ``neighbours``, ``captions``, ``grounding``), those that the evaluation has.
+    (``similarity``, ``neighbours``, ``captions``, ``grounding``, ``codes``), those that the evaluation has.
     """
     scores: dict[str, float]
     items: list[dict[str, Any]]

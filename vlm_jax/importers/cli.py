@@ -35,11 +35,11 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, bert_tasks, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
+from vlm_jax.importers import albef, bert_tasks, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, vqkd, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE)}
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, vqkd.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
@@ -201,6 +201,7 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     leaves = {p: x for p, x in leaves.items() if p not in unheld}
     arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
     arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
+    arrays |= {name: np.zeros_like(arrays[like]) for name, like in layout.blank.items()}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     layout.write_config(config, out, arrays)

@@ -35,6 +35,7 @@ class Release:
     ignored: regexes of tensors that hold no weights, or are for tasks that no system here has. resize: how its own code resizes a table of image positions.
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
+    blank: name of a tensor that the release's own loader demands and nobody reads -> the tensor whose shape it has, filled with zeros on export.
     given: values of leaves that no file of this layout holds. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
@@ -50,6 +51,7 @@ class Release:
     write_config: Callable[[Any, pathlib.Path, Collection[str]], None] | None = None
     resize: str = "resize_positions"
     ties: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
+    blank: Mapping[str, str] = dataclasses.field(default_factory=dict)
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
     licence: str = ""
     library: str = "vlm_jax"

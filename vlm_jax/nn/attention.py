@@ -220,6 +220,7 @@ class Attention(nn.Module):
       width: of the queries' input. kv_width: of the keys' input, if it differs.
       head_dim: default width / heads. out_width: default width.
       init_scheme, depth: see ``nn.initializers``.
+      key_bias: whether keys have a bias where the other maps do (BEiT's have none).
       dropout: of the attention weights, where a stream of random keys "dropout" is given.
     """
     width: int
@@ -233,6 +234,7 @@ class Attention(nn.Module):
     init_scheme: str = "torch"
     depth: int = 1
     dropout: float = 0.0
+    key_bias: bool = True
     dtype: Any = jnp.float32
 
     def drop(self) -> Drop | None:
@@ -247,12 +249,12 @@ class Attention(nn.Module):
         head_dim = self.head_dim or self.width // self.heads
         inner = self.heads * head_dim
 
-        def projection(width):
+        def projection(width, use_bias=self.use_bias):
             return Projection((width, self.heads, head_dim), ("embed", "heads", "head_dim"), (self.heads, head_dim), ("heads", "head_dim"),
-                              initializers.kernel(self.init_scheme, "qkv", width, inner, self.depth), self.dtype, self.use_bias)
+                              initializers.kernel(self.init_scheme, "qkv", width, inner, self.depth), self.dtype, use_bias)
 
         self.query = projection(self.width)
-        self.key = projection(self.kv_width or self.width)
+        self.key = projection(self.kv_width or self.width, self.use_bias and self.key_bias)
         self.value = projection(self.kv_width or self.width)
         out = self.out_width or self.width
         self.out = Projection((self.heads, head_dim, out), ("heads", "head_dim", "embed"), (out,), ("norm",),
@@ -324,8 +326,8 @@ def into_heads(x: jax.Array, maps: list[Map]) -> list[jax.Array]:
     of their own, so that heads may lie on different devices."""
     rows, kernel = x.reshape(-1, x.shape[-1]), jnp.stack([m.kernel for m in maps], 1)      # [in, n, h, d]
     y = jnp.einsum("ti,inhd->tnhd", rows, kernel)
-    if maps[0].bias is not None:
-        y = y + jnp.stack([m.bias for m in maps])
+    if any(m.bias is not None for m in maps):
+        y = y + jnp.stack([jnp.zeros(m.kernel.shape[1:], y.dtype) if m.bias is None else m.bias for m in maps])
     if any(m.adapter is not None for m in maps):
         y = y + jnp.stack([jnp.zeros_like(y[:, i]) if m.adapter is None else m.adapter(rows) for i, m in enumerate(maps)], 1)
     y = y.reshape(*x.shape[:2], *y.shape[1:])

@@ -51,6 +51,7 @@ class Block(nn.Module):
     init_scheme: str = "torch"
     depth: int = 1
     dtype: Any = jnp.float32
+    key_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
@@ -62,7 +63,7 @@ class Block(nn.Module):
         norm = functools.partial(Norm, self.norm, self.eps)
         mlp = functools.partial(Mlp, self.mlp_dim, self.activation, self.use_bias, self.init_scheme, self.depth, self.dtype)
         attention = functools.partial(Attention, self.width, self.heads, self.head_dim, use_bias=self.use_bias, qk_norm=self.qk_norm,
-                                      init_scheme=self.init_scheme, depth=self.depth, dtype=self.dtype)
+                                      init_scheme=self.init_scheme, depth=self.depth, key_bias=self.key_bias, dtype=self.dtype)
         cache = None if cache is None else dict(cache)
 
         def added(x, y, name):

@@ -8,17 +8,22 @@
                 other matrices and MLP biases uniform within fan_in^-.5; attention biases 0.
 "fan_in"        normal, fan_in^-.5; biases 0.
 "bert"          normal, .02; biases 0 (BERT, and timm's ViT but for its truncation).
+"beit"          normal, .02, cut at one sigma; biases 0. Which layer of a stack a matrix is in, only
+                ``by_depth`` knows, afterwards (microsoft/unilm ``beit2/modeling_finetune.py``).
 =============== =============================================================================
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
 
-SCHEMES = ("openai_text", "torch", "fan_in", "bert")
+SCHEMES = ("openai_text", "torch", "fan_in", "bert", "beit")
 ROLES = ("qkv", "out", "up", "down")
 
 
@@ -43,15 +48,25 @@ def kernel(scheme: str, role: str, fan_in: int, fan_out: int, depth: int = 1):
             stored_out = 3 * fan_out if fan_in == fan_out else fan_out
             return uniform((6 / (fan_in + stored_out)) ** 0.5)
         return uniform(fan_in ** -0.5)
+    if scheme == "beit":
+        return nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
     return normal(0.02 if scheme == "bert" else fan_in ** -0.5)
 
 
 def bias(scheme: str, role: str, fan_in: int):
     """Initialiser of the bias beside ``kernel``."""
     check(scheme)
-    if scheme not in ("fan_in", "bert") and role in ("up", "down"):
+    if scheme not in ("fan_in", "bert", "beit") and role in ("up", "down"):
         return uniform(fan_in ** -0.5)
     return nn.initializers.zeros
+
+
+def by_depth(blocks: Any) -> Any:
+    """The (boxed) parameters of a stack of blocks with the two matrices that end in the residual stream of layer l = 1, 2, ... divided by sqrt(2 l)."""
+    def divided(path, x):
+        ends = any(step in jax.tree_util.keystr(path, simple=True, separator="/") for step in ("attn/out/kernel", "mlp/down/kernel"))
+        return x / jnp.sqrt(2 * jnp.arange(1, len(x) + 1).reshape(-1, *(1,) * (x.ndim - 1))) if ends else x
+    return jax.tree_util.tree_map_with_path(divided, blocks)
 
 
 def check(scheme: str) -> None:

@@ -110,10 +110,7 @@ class Projections(nn.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[b, l, width] -> query, key, value [b, l, h, d]."""
-        maps = [self.query(), self.key(), self.value()]
-        if not self.key_bias:
-            maps[1] = maps[1]._replace(bias=jnp.zeros_like(maps[0].bias))
-        return tuple(into_heads(x.astype(self.dtype), maps))
+        return tuple(into_heads(x.astype(self.dtype), [self.query(), self.key(), self.value()]))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[b, l, h, d] -> [b, l, width]."""

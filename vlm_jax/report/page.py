@@ -13,7 +13,7 @@ from matplotlib.image import imsave
 
 from vlm_jax.report.series import COUNTS, Score, short, spell
 
-HEADLINES = ("R@1", "top1", "exact", "CIDEr-D", "pointing")
+HEADLINES = ("R@1", "top1", "exact", "CIDEr-D", "pointing", "usage", "cosine")
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f5f7fa; --ink: #1c2430; --quiet: #5d6878; --line: #dfe4eb;
@@ -70,7 +70,7 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
 
 
 def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], figures: Mapping[str, tuple[bytes, bytes]],
-          neighbours: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]], config_text: str,
+          neighbours: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]], codes: Sequence[Mapping[str, Any]], config_text: str,
           notes: Sequence[str], provenance: Mapping[str, str]) -> str:
     """The page as text. ``figures``: "curves", "similarity" and "grounding" as PNG for (light, dark); other arguments
     as ``write_report`` takes them, any of them empty."""
@@ -92,6 +92,9 @@ def build(*, title: str, subtitle: str, scores: Mapping[str, Sequence[Score]], f
     if neighbours:
         body.append(_section("What a text finds", "The nearest images for a few texts, nearest first, with their cosine.",
                              "".join(map(_found, neighbours))))
+    if codes:
+        body.append(_section("What a code stands for", "The patches nearest to a few codes, from the most frequent code to the least, with their cosine.",
+                             "".join(map(_found, codes))))
     if captions:
         body.append(_section("Captions", "Generated captions with the reference below.",
                              f"<div class=cards>{''.join(map(_card, captions))}</div>"))
@@ -162,7 +165,7 @@ def _bar(score: Score) -> str:
 
 def _found(item: Mapping[str, Any]) -> str:
     figures = []
-    for place, (image, score, right) in enumerate(zip(item["images"], item["scores"], item["right"]), 1):
+    for place, (image, score, right) in enumerate(zip(item["images"], item["scores"], item.get("right", [False] * len(item["images"]))), 1):
         mark = "<br><strong>\u2713 its own</strong>" if right else ""
         figures.append(f"<figure{' class=good' if right else ''}><img src='{_thumbnail(image)}' alt='Image found in place {place}"
                        f"{', the right one' if right else ''}'><figcaption>{score:.3f}{mark}</figcaption></figure>")

@@ -61,7 +61,7 @@ def draw_neighbours(neighbours: Sequence[Mapping[str, Any]], theme: Theme) -> by
     """PNG of what texts find: one row per query, the nearest images with their cosine, right ones framed.
 
     Each of ``neighbours``: ``query`` string, ``images`` uint8 [h,w,3] nearest first, ``scores``,
-    ``right`` booleans.
+    ``right`` booleans where one can be right.
     """
     side, text, gap, line = 1.15, 2.7, 0.16, 1.5
     columns = max(len(n["images"]) for n in neighbours)
@@ -71,7 +71,7 @@ def draw_neighbours(neighbours: Sequence[Mapping[str, Any]], theme: Theme) -> by
         for r, n in enumerate(neighbours):
             y = height - 0.1 - (r + 1) * line
             figure.text(0.15 / width, (y + 0.3 + side / 2) / height, _wrap(n["query"], 34, 5), va="center", fontsize=9)
-            for c, (image, score, right) in enumerate(zip(n["images"], n["scores"], n["right"])):
+            for c, (image, score, right) in enumerate(zip(n["images"], n["scores"], n.get("right", [False] * len(n["images"])))):
                 x = text + c * (side + gap)
                 axes = figure.add_axes((x / width, (y + 0.3) / height, side / width, side / height))
                 _show(axes, image, theme.good if right else None)

@@ -16,7 +16,8 @@ from vlm_jax.report.theme import DARK, LIGHT
 def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Mapping[str, Any]] = (),
                  scores: Mapping[str, Any] | None = None, config_text: str = "",
                  similarity: Mapping[str, Any] | None = None, neighbours: Sequence[Mapping[str, Any]] = (),
-                 captions: Sequence[Mapping[str, Any]] = (), grounding: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (),
+                 captions: Sequence[Mapping[str, Any]] = (), grounding: Sequence[Mapping[str, Any]] = (),
+                 codes: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (),
                  provenance: Mapping[str, str] | None = None) -> pathlib.Path:
     """Writes ``report.html``, self-contained, and the pictures that there is something to draw for.
 
@@ -31,9 +32,10 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
         neighbours: per text ``query``, ``images``, ``scores``, ``right`` -> neighbours.png.
         captions: per image ``image``, ``generated``, ``reference``, ``ok`` -> captions.png.
         grounding: per phrase ``image``, ``heat``, ``box``, ``phrase``, ``ok`` -> grounding.png.
+        codes: per code ``query``, ``images`` of patches, ``scores`` -> codes.png.
         notes: sentences put on top.
         provenance: licence, code, data and the like, by label.
-        Images are uint8 [h,w,3]; see ``pictures`` for the four above.
+        Images are uint8 [h,w,3]; see ``pictures`` for the five above.
 
     Returns:
         The page's path.
@@ -52,15 +54,18 @@ def write_report(folder: str | os.PathLike, *, title: str, metrics: Sequence[Map
     pictures = {name: light for name, (light, _) in figures.items()}
     if neighbours:
         pictures["neighbours"] = draw_neighbours(neighbours, LIGHT)
+    if codes:
+        pictures["codes"] = draw_neighbours(codes, LIGHT)
     if captions:
         pictures["captions"] = draw_captions(captions, LIGHT)
-    for name in ("curves", "similarity", "neighbours", "captions", "grounding"):
+    for name in ("curves", "similarity", "neighbours", "captions", "grounding", "codes"):
         (folder / f"{name}.png").unlink(missing_ok=True)
         if name in pictures:
             (folder / f"{name}.png").write_bytes(pictures[name])
     path = folder / "report.html"
     path.write_text(page.build(title=title, subtitle=_subtitle(metrics), scores=series.read_scores(scores), figures=figures,
-                               neighbours=neighbours, captions=captions, config_text=config_text, notes=notes, provenance=provenance or {}), "utf-8")
+                               neighbours=neighbours, captions=captions, codes=codes, config_text=config_text, notes=notes,
+                               provenance=provenance or {}), "utf-8")
     return path
 
 

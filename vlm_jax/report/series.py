@@ -14,9 +14,10 @@ import numpy as np
 PANELS = (("Learning rate", r"lr|learning_rate|lr/.*"), ("Images per second", r".*images_per_s.*"),
           ("Waiting for data (share of time)", r".*data_wait"), ("Host memory (MB)", r".*resident_mb"),
           ("Skipped steps", r"bad_steps"), ("Gradient norm", r".*norm.*"),
+          ("Codes in use (share)", r"usage"), ("Perplexity of the codes", r"perplexity"),
           ("Accuracy in the batch", r".*accuracy.*|.*_to_.*"), ("Similarity scale and bias", r".*scale|.*bias|temperature"),
           ("Other", r".*/.*"))
-COUNTS = ("images", "captions", "classes", "truncated", "duplicates")
+COUNTS = ("images", "captions", "classes", "truncated", "duplicates", "codes", "tokens")
 
 
 @dataclasses.dataclass
@@ -86,6 +87,8 @@ def score_panels(names: Iterable[str]) -> dict[str, dict[str, str]]:
         first, _, middle = head.partition("/")
         if tail.endswith("_rank"):
             title, label = f"{spell(first)}, ranks", f"{middle}_{tail.removesuffix('_rank')}"
+        elif tail == "perplexity":
+            title, label = f"{spell(first)}, perplexity", tail
         elif tail.startswith("CIDEr"):
             title, label = tail, head
         elif middle == "facts":
