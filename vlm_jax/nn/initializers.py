@@ -8,6 +8,7 @@
                 other matrices and MLP biases uniform within fan_in^-.5; attention biases 0.
 "fan_in"        normal, fan_in^-.5; biases 0.
 "bert"          normal, .02; biases 0 (BERT, and timm's ViT but for its truncation).
+"beit"          normal, .02, cut at one deviation; biases 0 (BEiT, arXiv 2106.08254, and what came of it).
 =============== =============================================================================
 """
 
@@ -18,7 +19,7 @@ import jax
 
 from vlm_jax.errors import nearest
 
-SCHEMES = ("openai_text", "torch", "fan_in", "bert")
+SCHEMES = ("openai_text", "torch", "fan_in", "bert", "beit")
 ROLES = ("qkv", "out", "up", "down")
 
 
@@ -43,13 +44,15 @@ def kernel(scheme: str, role: str, fan_in: int, fan_out: int, depth: int = 1):
             stored_out = 3 * fan_out if fan_in == fan_out else fan_out
             return uniform((6 / (fan_in + stored_out)) ** 0.5)
         return uniform(fan_in ** -0.5)
+    if scheme == "beit":
+        return nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
     return normal(0.02 if scheme == "bert" else fan_in ** -0.5)
 
 
 def bias(scheme: str, role: str, fan_in: int):
     """Initialiser of the bias beside ``kernel``."""
     check(scheme)
-    if scheme not in ("fan_in", "bert") and role in ("up", "down"):
+    if scheme not in ("fan_in", "bert", "beit") and role in ("up", "down"):
         return uniform(fan_in ** -0.5)
     return nn.initializers.zeros
 
