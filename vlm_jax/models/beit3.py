@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
+from vlm_jax.models import vit
+from vlm_jax.models.sizes import sizes
 from vlm_jax.nn import initializers
 from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
 from vlm_jax.nn.multiway import Layout, Multiway, multiway_stack, one
 from vlm_jax.nn.norm import Norm
+from vlm_jax.nn.unit import unit
 from vlm_jax.partitioning import shard
 
 DEAD_ROWS = 2      # positions are looked up from row 2 on, as fairseq does; the rows before are never read
@@ -212,6 +215,16 @@ class Tower(nn.Module):
         return self.finish(x, layout), cache
 
 
+def by_depth(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's fresh (boxed) parameters with the maps into the residual stream of layer l = 1, 2, ... divided by sqrt(2 l), as BEiT does. (The official
+    code of BEiT-3 means to, and does not.)"""
+    params = dict(params)
+    blocks = dict(params["blocks"])
+    for part, final in (("attn", "out"), ("mlp", "down")):
+        blocks[part] = {expert: initializers.by_depth({part: maps})[part] for expert, maps in blocks[part].items()}
+    return {**params, "blocks": blocks}
+
+
 # ---- heads -------------------------------------------------------------------------------------
 
 def linear(width: int, features: int, dtype: Any, axis: str = "joint", use_bias: bool = True, scale: float = 1.0) -> Linear:
@@ -299,6 +312,7 @@ class Colours(nn.Module):
     image uint8 [b, h, w, 3], or float in [0, 1] -> ids int32 [b, n], in raster order, below ``bins`` ** 3.
     """
     patch: int
+    image_size: int
     bins: int = 8
 
     @property
@@ -314,20 +328,54 @@ class Colours(nn.Module):
         return (level * jnp.array([self.bins ** 2, self.bins, 1])).sum(-1)
 
 
+class VqTokens(nn.Module):
+    """The encoder and the codes of a VQ-KD tokenizer (BEiT v2, arXiv 2208.06366), frozen: image float [b, h, w, 3] in [0, 1] -> ids int32 [b, n].
+
+    Params: ``encoder/*``, ``encoder_head/(hidden|out)/*``, ``table`` [codes, code_width], of unit vectors.
+    """
+    patch: int
+    image_size: int
+    encoder: Mapping[str, Any]
+    codes: int = 8192
+    code_width: int = 32
+
+    def setup(self):
+        self.vit = vit.ViT(**sizes(vit.VARIANTS, **{**self.encoder, "image_size": self.image_size}), name="encoder")
+        if self.vit.patch != self.patch:
+            raise ValueError(f"targets.encoder.patch={self.vit.patch} gives another grid than the tower's {self.patch}; nearest: {self.patch}")
+        self.encoder_head = CodeHead(self.code_width)
+        self.table = self.param("table", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "norm")), (self.codes, self.code_width), jnp.float32)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        tokens = self.vit(2 * image - 1)[:, int(self.vit.class_token):]
+        return jnp.argmax(unit(self.encoder_head(tokens)) @ self.table.T, -1).astype(jnp.int32)
+
+
+class CodeHead(nn.Module):
+    """[..., width] -> [..., features], in float32: map, tanh, map."""
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = Linear(x.shape[-1], ("embed", "mlp"), True, name="hidden")(x.astype(jnp.float32))
+        return Linear(self.features, ("mlp", "embed"), True, name="out")(jnp.tanh(hidden))
+
+
 class Unknown(nn.Module):
     """Of weights that came without their tokenizer: only how many ids it has is known."""
     codes: int
     patch: int = 0
+    image_size: int = 0
 
     def __call__(self, image: jax.Array) -> jax.Array:
         raise ValueError("model.targets.kind='unknown' tells no ids of masked patches; nearest: 'colours', or a stage whose loss.weights has neither mim nor pair_mim")
 
 
-TARGETS: Mapping[str, type[nn.Module]] = {"colours": Colours, "unknown": Unknown}
+TARGETS: Mapping[str, type[nn.Module]] = {"colours": Colours, "vqkd": VqTokens, "unknown": Unknown}
 
 
-def make_targets(patch: int, *, kind: str = "colours", **fields: Any) -> nn.Module:
+def make_targets(patch: int, image_size: int, *, kind: str = "colours", **fields: Any) -> nn.Module:
     """The tokenizer of masked images: a module with ``codes``, called with images as they come -> ids [b, n]. Raises ValueError."""
     if kind not in TARGETS:
         raise ValueError(f"targets.kind={kind!r} is not known{nearest(kind, TARGETS)}")
-    return TARGETS[kind](patch=patch, **fields)
+    return TARGETS[kind](patch=patch, image_size=image_size, **fields)

@@ -8,14 +8,18 @@
                 other matrices and MLP biases uniform within fan_in^-.5; attention biases 0.
 "fan_in"        normal, fan_in^-.5; biases 0.
 "bert"          normal, .02; biases 0 (BERT, and timm's ViT but for its truncation).
-"beit"          normal, .02, cut at one deviation; biases 0 (BEiT, arXiv 2106.08254, and what came of it).
+"beit"          normal, .02, cut at one sigma; biases 0. Which layer of a stack a matrix is in, only
+                ``by_depth`` knows, afterwards (microsoft/unilm ``beit2/modeling_finetune.py``).
 =============== =============================================================================
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
 
@@ -55,6 +59,14 @@ def bias(scheme: str, role: str, fan_in: int):
     if scheme not in ("fan_in", "bert", "beit") and role in ("up", "down"):
         return uniform(fan_in ** -0.5)
     return nn.initializers.zeros
+
+
+def by_depth(blocks: Any) -> Any:
+    """The (boxed) parameters of a stack of blocks with the two matrices that end in the residual stream of layer l = 1, 2, ... divided by sqrt(2 l)."""
+    def divided(path, x):
+        ends = any(step in jax.tree_util.keystr(path, simple=True, separator="/") for step in ("attn/out/kernel", "mlp/down/kernel"))
+        return x / jnp.sqrt(2 * jnp.arange(1, len(x) + 1).reshape(-1, *(1,) * (x.ndim - 1))) if ends else x
+    return jax.tree_util.tree_map_with_path(divided, blocks)
 
 
 def check(scheme: str) -> None:

@@ -159,8 +159,8 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
                 scale: float = 1 / 0.07, dtype: str = "auto") -> Beit3:
     """The module of a config's ``model`` section, with the heads that ``terms`` need.
 
-    targets: what masked patches are to be told as: kind "colours" (a stand-in; ``bins``), and what ``beit3.TARGETS`` has. classes: of
-    an image, of two beside a text, or answers; 0: as many as ``answers``. answers: the list that questions are answered from, in the order of
+    targets: what masked patches are to be told as: kind "colours" (a stand-in; ``bins``), "vqkd" (a frozen tokenizer: ``encoder``, a ViT, ``codes`` and
+    ``code_width``; its weights are for ``init`` to bring, and ``trainable`` leaves out tokenizer/.*) or "unknown". classes: of an image, of two beside a text, or answers; 0: as many as ``answers``. answers: the list that questions are answered from, in the order of
     the head's classes, or the name of a file with one a line; answer_ids: the same as the tokenizer has them (``vlm_jax.stage`` fills it).
     """
     dtype = compute_dtype(dtype)
@@ -173,7 +173,7 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
     classes = classes or len(answers)
     if set(terms) & set(ALONE) and classes < 2:
         raise ConfigError(f"model.classes={classes} leaves nothing to choose; nearest: 2" + (", or model.answers" if VQA in terms else ""))
-    return Beit3(tower, beit3.make_targets(tower.patch, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
+    return Beit3(tower, beit3.make_targets(tower.patch, size, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
                  mean=tuple(mean), std=tuple(std), scale=scale, dtype=dtype)
 
 
@@ -230,7 +230,8 @@ def build(config: Any) -> System:
     apply = functools.partial(run, model)
 
     def init(key, spec):
-        return model.init(key, jnp.zeros((1, *spec[image_key].shape[-3:]), jnp.float32), jnp.zeros((1, 2), jnp.int32))
+        variables = model.init(key, jnp.zeros((1, *spec[image_key].shape[-3:]), jnp.float32), jnp.zeros((1, 2), jnp.int32))
+        return {**variables, "params": beit3.by_depth(variables["params"])}
 
     def encode(variables: Variables, *args: Any, key=None) -> jax.Array:
         return apply(variables, Beit3.encode, *args, key=key)
