@@ -8,7 +8,7 @@ python -m vlm_jax.main --config=configs/beit3.py --stage=vqa
 python -m vlm_jax.main --config=configs/beit3.py:base,tokenizer=DIR --stage=pretrain --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=xlmr:beit3.spm
     The paper's pre-training at a size (base, large: the released towers, whose own schedule is unpublished; giant: the paper's). DIR: a VQ-KD tokenizer.
-python -m vlm_jax.main --config=configs/beit3.py:base --stage=vqa --config.stages.vqa.init="(('pooler/.*|vqa_head/.*', 'fresh', 'copy'), 'DIR')" \\
+python -m vlm_jax.main --config=configs/beit3.py:base,init=DIR --stage=vqa \\
     --config.stages.vqa.model.answers=answers.txt --config.stages.vqa.data.train=jsonl:vqa_train.json --config.stages.vqa.data.tokenizer=xlmr:beit3.spm
     Fine-tuning by the official recipes: retrieval, vqa, nlvr, caption, classes. DIR: a stage, or an imported file (release beit3).
 """
@@ -36,11 +36,11 @@ SCENE_ANSWERS = ("yes", "no", "zero", "one", "two", "three", "four", "five", "sh
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", "base", "large", "giant"), res=0, tokenizer="")
+    args = c.parse_arg(arg, size=("scenes", "base", "large", "giant"), res=0, tokenizer="", init="")
     if args.size == "scenes":
         return c.stages(("pretrain", "itc"), **scenes(args.res or 48))
-    return c.stages(("pretrain", "itc"), pretrain=pretrain(args.size, args.res or 224, args.tokenizer), itc=itc(args.size, args.res or 224),
-                    **({} if args.size == "giant" else tasks(args.size, args.res)))
+    return c.stages(("pretrain", "itc"), pretrain=pretrain(args.size, args.res or 224, args.tokenizer), itc=itc(args.size, args.res or 224, args.init or "@pretrain"),
+                    **({} if args.size == "giant" else tasks(args.size, args.res, args.init)))
 
 
 def fresh(heads, origin="@pretrain"):
@@ -108,18 +108,18 @@ def pretrain(size, res, tokenizer):
         steps=1_000_000, checkpoint=dict(every=5000, keep=3), rules="fsdp")
 
 
-def itc(size, res):
+def itc(size, res, start):
     """Appendix of the paper: 5 epochs of pairs, batch 16k, before retrieval."""
     return c.stage(
-        system="beit3", model=model_of(size, 0.3), init=fresh(CONTRAST), loss=dict(weights=dict(itc=1.0)),
+        system="beit3", model=model_of(size, 0.3), init=fresh(CONTRAST, start), loss=dict(weights=dict(itc=1.0)),
         optim=adamw(3e-5, "1epoch", 0.05, layer_decay=0.95), data=data_of(16_384, res), evals=dict(retrieval=dict(kind="retrieval", every="1epoch")), steps="5epochs",
         checkpoint=dict(every="1epoch", keep=2), rules="fsdp")
 
 
-def tasks(size, res):
+def tasks(size, res, start):
     """beit3/README.md and get_started/*.md: AdamW, cosine to 1e-6; ``layer_decay`` ^ (layers + 1 - i) of the rate in layer i. From the plain or the
     "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones. ImageNet's mixup, cutmix, random erasing and label smoothing are left out."""
-    large = size == "large"
+    large, pretrained = size == "large", start or "@pretrain"
 
     def pick(base, other):
         return other if large else base
@@ -131,15 +131,15 @@ def tasks(size, res):
 
     decayed = functools.partial(adamw, layer_decay=pick(0.65, 0.85))
     return dict(
-        retrieval=stage("retrieval", 384, 3072, 15, decayed(pick(2e-4, 5e-5), "3epochs", 0.05), 0.2, dict(weights=dict(itc=1.0)), "@itc",
+        retrieval=stage("retrieval", 384, 3072, 15, decayed(pick(2e-4, 5e-5), "3epochs", 0.05), 0.2, dict(weights=dict(itc=1.0)), start or "@itc",
                         evals=dict(kind="retrieval")),      # Flickr30K: 1e-4 (base), 20 epochs, warm-up 5
         vqa=stage("vqa", 480, 128, 10, adamw(pick(3e-5, 2e-5), "1epoch", 0.01, b2=0.98, groups=(("vqa_head/.*", dict(lr=20.0)),)), pick(0.1, 0.15),
-                  dict(weights=dict(vqa=1.0)), fresh(ANSWERS), data=dict(answers=10, answer_length=12, augment=CROPS + RANDAUG), evals=dict(kind="vqa"), every=0, classes=3129),
-        nlvr=stage("classify", 224, 256, 20, decayed(pick(7e-4, 3e-4), "5epochs", 0.2), 0.2, dict(weights=dict(cls=1.0)), fresh(PAIRS),
+                  dict(weights=dict(vqa=1.0)), fresh(ANSWERS, pretrained), data=dict(answers=10, answer_length=12, augment=CROPS + RANDAUG), evals=dict(kind="vqa"), every=0, answers="", classes=3129),
+        nlvr=stage("classify", 224, 256, 20, decayed(pick(7e-4, 3e-4), "5epochs", 0.2), 0.2, dict(weights=dict(cls=1.0)), fresh(PAIRS, pretrained),
                    data=dict(images=2, classes=STATEMENT), evals=dict(kind="classify"), classes=2),
         caption=stage("caption", 480, 256, 10, adamw(pick(4e-5, 8e-6), "1epoch", 0.05), 0.1,
-                      dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1, drop_worst=0.2, drop_worst_after=12_000), "@pretrain",
+                      dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1, drop_worst=0.2, drop_worst_after=12_000), pretrained,
                       data=dict(length=32, augment=CROPS + RANDAUG), evals=dict(kind="caption", options=BEAMS)),
         classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25), dict(weights=dict(cls=1.0)),
-                      fresh(CLASSES), data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
+                      fresh(CLASSES, pretrained), data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
                       evals=dict(kind="classify"), trainable=(IMAGES_ALONE,), classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD))

@@ -279,8 +279,10 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
                 raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
                                   f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
     if tokenizer is not None and stage_config.model.get("answers"):
-        listed = stage_config.model.answers
-        stage_config.model.answers = tuple(configs.call(vqa.read_candidates, {}, f"stages.{name}.model.answers", listed))
+        try:
+            stage_config.model.answers = tuple(vqa.read_candidates(stage_config.model.answers))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("vqa candidates", f"stages.{name}.model.answers", 1)) from None
         stage_config.model.answer_ids = tuple(tuple(tokenizer.encode(answer)) for answer in stage_config.model.answers)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"

@@ -164,6 +164,9 @@ class Tower(nn.Module):
         layout = Layout(tuple(segments))
         if unidirectional == "text":
             mask = mask & self.visible(layout.length, jnp.arange(layout.length))
+        if self.is_initializing() and self.joint_layers:      # the top layers' experts of what stands alone, too
+            for part, segment in zip(parts, segments):
+                self.through(part, Layout((segment,)), None)
         return self.finish(self.through(jnp.concatenate(parts, 1), layout, mask)[0], layout)
 
     def visible(self, keys: int, queries: jax.Array) -> jax.Array:
