@@ -39,7 +39,8 @@ def get_config(arg=""):
     args = c.parse_arg(arg, size=("scenes", "base", "large", "giant"), res=0, tokenizer="", init="")
     if args.size == "scenes":
         return c.stages(("pretrain", "itc"), **scenes(args.res or 48))
-    return c.stages(("pretrain", "itc"), pretrain=pretrain(args.size, args.res or 224, args.tokenizer), itc=itc(args.size, args.res or 224, args.init or "@pretrain"),
+    return c.stages(("pretrain", "itc"), pretrain=pretrain(args.size, args.res or 224, args.tokenizer),
+                    itc=itc(args.size, args.res or 224, args.init or "@pretrain"),
                     **({} if args.size == "giant" else tasks(args.size, args.res, args.init)))
 
 
@@ -48,7 +49,8 @@ def fresh(heads, origin="@pretrain"):
 
 
 def scenes(res):
-    data = dict(train="scenes:train", eval="scenes:test", batch=96, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash", eval_augment="squash",
+    data = dict(train="scenes:train", eval="scenes:test", batch=96, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash",
+                eval_augment="squash",
                 threads=1, prefetch=8, bad_budget=0.01)
     model = dict(tower=dict(variant="mini"), targets=dict(kind="colours"), dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1))
     optim = dict(name="muon", lr=2e-3, muon_lr=0.03, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
@@ -59,7 +61,8 @@ def scenes(res):
 
     def tuned(steps, lr=1e-3, muon_lr=0.02, origin=(), **sections):
         own = {k: v for k, v in optim.items() if k != "muon_exclude"}
-        return c.stage(**{**start, **dict(init=origin, steps=steps, optim=dict(own, lr=lr, muon_lr=muon_lr, muon_exclude=(".*/table", ".*/position_embed"))), **sections})
+        return c.stage(**{**start, **dict(init=origin, steps=steps, optim=dict(own, lr=lr, muon_lr=muon_lr, muon_exclude=(".*/table", ".*/position_embed"))),
+                          **sections})
 
     def of(task, **more):
         return dict(data, train=f"scenes:train/{task}", eval=f"scenes:test/{task}", **more)
@@ -69,9 +72,11 @@ def scenes(res):
         pretrain=c.stage(**start, loss=loss, steps=800),
         itc=tuned(300, loss=dict(weights=dict(itc=1.0)), origin=fresh(CONTRAST), evals=retrieved),
         retrieval=tuned(300, loss=dict(weights=dict(itc=1.0)), origin="@itc", evals=retrieved),
-        vqa=tuned(400, loss=dict(weights=dict(vqa=1.0)), origin=fresh(ANSWERS), model=dict(model, answers=SCENE_ANSWERS), data=dict(of("vqa"), answers=10, answer_length=8),
+        vqa=tuned(400, loss=dict(weights=dict(vqa=1.0)), origin=fresh(ANSWERS), model=dict(model, answers=SCENE_ANSWERS),
+                  data=dict(of("vqa"), answers=10, answer_length=8),
                   evals=dict(vqa=dict(kind="vqa", examples=1000))),
-        nlvr=tuned(400, loss=dict(weights=dict(cls=1.0)), origin=fresh(PAIRS), model=dict(model, classes=2), data=dict(of("pairs"), classes=STATEMENT, images=2),
+        nlvr=tuned(400, loss=dict(weights=dict(cls=1.0)), origin=fresh(PAIRS), model=dict(model, classes=2),
+                   data=dict(of("pairs"), classes=STATEMENT, images=2),
                    evals=dict(classify=dict(kind="classify", examples=1000))),
         caption=tuned(400, loss=dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1), origin="@pretrain",
                       evals=dict(caption=dict(kind="caption", examples=300, options=BEAMS))))
@@ -82,18 +87,21 @@ def model_of(size, drop_path, **fields):
 
 
 def data_of(batch, res, **fields):
-    return dict(train="", eval="", batch=batch, microbatch=0, size=res, length=64, tokenizer="", augment=CROPS, eval_augment="squash", threads=16, prefetch=4, block=64,
+    return dict(train="", eval="", batch=batch, microbatch=0, size=res, length=64, tokenizer="", augment=CROPS, eval_augment="squash", threads=16, prefetch=4,
+                block=64,
                 window=1024, bad_budget=0.01, **fields)
 
 
 def adamw(lr, warmup, decay, **fields):
-    return {**dict(name="adamw", lr=lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=decay, decay_exclude=NO_DECAY, schedule="cosine", warmup=warmup, end_lr=1e-6, ema=0.0,
+    return {**dict(name="adamw", lr=lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=decay, decay_exclude=NO_DECAY, schedule="cosine", warmup=warmup, end_lr=1e-6,
+                   ema=0.0,
                    max_bad_steps=10), **fields}
 
 
 def pretrain(size, res, tokenizer):
-    """Section 2.3 of the paper: a million steps of 2,048 images, 2,048 texts and 2,048 pairs. Our sources are of pairs: the first third of each three rows gives
-    its image alone, the second its text alone. What is not published: the weights of the terms, whether both sides of a pair are masked at once, the crops.
+    """Section 2.3 of the paper: a million steps of 2,048 images, 2,048 texts and 2,048 pairs. Our sources are of pairs: of each three
+    rows the first gives its image alone, the second its text alone. What is not published: the weights of the terms, whether both sides of a pair
+    are masked at once, the crops.
     A giant's 16 x 16 patches have 98 masked, the share of 75 in 14 x 14."""
     patch = 14 if size == "giant" else 16
     targets = dict(VQKD, encoder=dict(VQKD["encoder"], patch=patch))
@@ -112,13 +120,14 @@ def itc(size, res, start):
     """Appendix of the paper: 5 epochs of pairs, batch 16k, before retrieval."""
     return c.stage(
         system="beit3", model=model_of(size, 0.3), init=fresh(CONTRAST, start), loss=dict(weights=dict(itc=1.0)),
-        optim=adamw(3e-5, "1epoch", 0.05, layer_decay=0.95), data=data_of(16_384, res), evals=dict(retrieval=dict(kind="retrieval", every="1epoch")), steps="5epochs",
+        optim=adamw(3e-5, "1epoch", 0.05, layer_decay=0.95), data=data_of(16_384, res), evals=dict(retrieval=dict(kind="retrieval", every="1epoch")),
+        steps="5epochs",
         checkpoint=dict(every="1epoch", keep=2), rules="fsdp")
 
 
 def tasks(size, res, start):
     """beit3/README.md and get_started/*.md: AdamW, cosine to 1e-6; ``layer_decay`` ^ (layers + 1 - i) of the rate in layer i. From the plain or the
-    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones. ImageNet's mixup, cutmix, random erasing and label smoothing are left out."""
+    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones. ImageNet's mixup, cutmix, random erasing and smoothing are left out."""
     large, pretrained = size == "large", start or "@pretrain"
 
     def pick(base, other):
@@ -134,12 +143,14 @@ def tasks(size, res, start):
         retrieval=stage("retrieval", 384, 3072, 15, decayed(pick(2e-4, 5e-5), "3epochs", 0.05), 0.2, dict(weights=dict(itc=1.0)), start or "@itc",
                         evals=dict(kind="retrieval")),      # Flickr30K: 1e-4 (base), 20 epochs, warm-up 5
         vqa=stage("vqa", 480, 128, 10, adamw(pick(3e-5, 2e-5), "1epoch", 0.01, b2=0.98, groups=(("vqa_head/.*", dict(lr=20.0)),)), pick(0.1, 0.15),
-                  dict(weights=dict(vqa=1.0)), fresh(ANSWERS, pretrained), data=dict(answers=10, answer_length=12, augment=CROPS + RANDAUG), evals=dict(kind="vqa"), every=0, answers="", classes=3129),
+                  dict(weights=dict(vqa=1.0)), fresh(ANSWERS, pretrained), data=dict(answers=10, answer_length=12, augment=CROPS + RANDAUG),
+                  evals=dict(kind="vqa"), every=0, answers="", classes=3129),
         nlvr=stage("classify", 224, 256, 20, decayed(pick(7e-4, 3e-4), "5epochs", 0.2), 0.2, dict(weights=dict(cls=1.0)), fresh(PAIRS, pretrained),
                    data=dict(images=2, classes=STATEMENT), evals=dict(kind="classify"), classes=2),
         caption=stage("caption", 480, 256, 10, adamw(pick(4e-5, 8e-6), "1epoch", 0.05), 0.1,
                       dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1, drop_worst=0.2, drop_worst_after=12_000), pretrained,
                       data=dict(length=32, augment=CROPS + RANDAUG), evals=dict(kind="caption", options=BEAMS)),
-        classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25), dict(weights=dict(cls=1.0)),
-                      fresh(CLASSES, pretrained), data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
+        classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25),
+                      dict(weights=dict(cls=1.0)), fresh(CLASSES, pretrained),
+                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
                       evals=dict(kind="classify"), trainable=(IMAGES_ALONE,), classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD))

@@ -34,7 +34,6 @@ from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
 from vlm_jax.train.state import merge
 
-
 IMPORTED = "imported"     # in a work directory: what came from the hub
 TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
 NO_ADAPTER = r"(?!.*/lora_\w+$).*"     # where weights come from, adapters were merged

@@ -309,8 +309,8 @@ KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "xlmr
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt" (a word-piece
-    vocabulary, lower case), or a directory written by ``save``.
+    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt"
+    (a word-piece vocabulary, lower case), or a directory written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing

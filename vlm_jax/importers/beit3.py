@@ -33,7 +33,8 @@ def expert_rules(expert: str, branch: str) -> tuple[Rule, ...]:
         rules += [(f"blocks/attn/{expert}/{role}/kernel", f"{source}.weight", "to_heads"), (f"blocks/attn/{expert}/{role}/bias", f"{source}.bias", "heads")]
     out = f"{LAYER}.self_attn.out_proj.{branch}"
     return (*rules, (f"blocks/attn/{expert}/out/kernel", f"{out}.weight", "from_heads"), (f"blocks/attn/{expert}/out/bias", f"{out}.bias", "copy"),
-            *norm(f"blocks/attn/{expert}/norm", f"{LAYER}.self_attn.inner_attn_ln.{branch}"), *norm(f"blocks/norm1/{expert}", f"{LAYER}.self_attn_layer_norm.{branch}"),
+            *norm(f"blocks/attn/{expert}/norm", f"{LAYER}.self_attn.inner_attn_ln.{branch}"),
+            *norm(f"blocks/norm1/{expert}", f"{LAYER}.self_attn_layer_norm.{branch}"),
             *norm(f"blocks/norm2/{expert}", f"{LAYER}.final_layer_norm.{branch}"), *linear(f"blocks/mlp/{expert}/up", f"{LAYER}.ffn.{branch}.fc1"),
             *norm(f"blocks/mlp/{expert}/sub_norm", f"{LAYER}.ffn.{branch}.ffn_layernorm"), *linear(f"blocks/mlp/{expert}/down", f"{LAYER}.ffn.{branch}.fc2"),
             *norm(f"output_norm/{expert}", f"beit3.encoder.layer_norm.{branch}"))
@@ -43,12 +44,14 @@ RULES: tuple[Rule, ...] = (
     ("text/token_embed/table", "beit3.text_embed.weight", "copy"), ("text/position_embed", "beit3.encoder.embed_positions.B.weight", "copy"),
     ("image/position_embed", "beit3.encoder.embed_positions.A.weight", "resize_positions_border"),
     ("image/class_embed", "beit3.vision_embed.cls_token", "class_row"), ("image/mask_embed", "beit3.vision_embed.mask_token", "class_row"),
-    ("image/patch_embed/projection/kernel", "beit3.vision_embed.proj.weight", "patches"), ("image/patch_embed/projection/bias", "beit3.vision_embed.proj.bias", "copy"),
+    ("image/patch_embed/projection/kernel", "beit3.vision_embed.proj.weight", "patches"),
+    ("image/patch_embed/projection/bias", "beit3.vision_embed.proj.bias", "copy"),
     *expert_rules("image", "A"), *expert_rules("text", "B"), *linear("mlm_head", "mlm_head"), *linear("mim_head", "mim_head"),
     ("image_head/kernel", "vision_head.weight", "dense"), ("text_head/kernel", "language_head.weight", "dense"), ("logit_scale", "logit_scale", "scalar"),
     *norm("pooler/norm", "pooler.norm"), *linear("pooler/dense", "pooler.dense"),
     *linear("vqa_head/dense1", "head.0"), *norm("vqa_head/norm2", "head.1"), *linear("vqa_head/dense2", "head.3"),
-    *norm("pair_head/norm1", "head.norm1"), *linear("pair_head/dense1", "head.dense1"), *norm("pair_head/norm2", "head.norm2"), *linear("pair_head/dense2", "head.dense2"),
+    *norm("pair_head/norm1", "head.norm1"), *linear("pair_head/dense1", "head.dense1"), *norm("pair_head/norm2", "head.norm2"),
+    *linear("pair_head/dense2", "head.dense2"),
     *norm("class_head/norm", "fc_norm"), *linear("class_head/out", "head"))
 
 

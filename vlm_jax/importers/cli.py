@@ -35,7 +35,23 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, beit3, bert_tasks, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
+from vlm_jax.importers import (
+    albef,
+    beit3,
+    bert_tasks,
+    blip,
+    card,
+    hf_bert,
+    hf_clip,
+    hub,
+    open_clip,
+    open_clip_coca,
+    openai_clip,
+    read,
+    timm_vit,
+    tokenizer_files,
+    write,
+)
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,

@@ -127,9 +127,11 @@ class Tower(nn.Module):
 
     def setup(self):
         if not 0 <= self.joint_layers < self.layers:
-            raise ValueError(f"joint_layers={self.joint_layers} must lie between 0 and layers={self.layers} - 1; nearest: {min(max(self.joint_layers, 0), self.layers - 1)}")
+            raise ValueError(f"joint_layers={self.joint_layers} must lie between 0 and layers={self.layers} - 1; nearest: "
+                             f"{min(max(self.joint_layers, 0), self.layers - 1)}")
         if self.image_size % self.patch:
-            raise ValueError(f"image of {self.image_size} pixels does not divide into patches of {self.patch}; nearest: {max(1, round(self.image_size / self.patch)) * self.patch}")
+            raise ValueError(f"image of {self.image_size} pixels does not divide into patches of {self.patch}; nearest: "
+                             f"{max(1, round(self.image_size / self.patch)) * self.patch}")
         self.image = ImageEmbed(self.image_size, self.patch, self.width, self.dtype)
         self.text = TextEmbed(self.vocab, self.width, self.positions, self.dtype)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, attention=self.attention, eps=self.eps, sub_norm=self.sub_norm,
@@ -165,7 +167,7 @@ class Tower(nn.Module):
         if unidirectional == "text":
             mask = mask & self.visible(layout.length, jnp.arange(layout.length))
         if self.is_initializing() and self.joint_layers:      # the top layers' experts of what stands alone, too
-            for part, segment in zip(parts, segments):
+            for part, segment in zip(parts, segments, strict=True):
                 self.through(part, Layout((segment,)), None)
         return self.finish(self.through(jnp.concatenate(parts, 1), layout, mask)[0], layout)
 
@@ -174,7 +176,8 @@ class Tower(nn.Module):
         order = jnp.arange(keys)
         return ((order < self.image_tokens) | (order <= queries[:, None]))[None, None]
 
-    def through(self, x: jax.Array, layout: Layout, mask: jax.Array | None, cache: dict | None = None, index: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
+    def through(self, x: jax.Array, layout: Layout, mask: jax.Array | None, cache: dict | None = None,
+                index: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
         """All layers. cache: as ``multiway_stack``, for all layers together."""
         rates = jnp.linspace(0, self.drop_path, self.layers) if self.drop_path else None
         below = self.layers - self.joint_layers
@@ -223,7 +226,7 @@ def by_depth(params: Mapping[str, Any]) -> dict[str, Any]:
     code of BEiT-3 means to, and does not.)"""
     params = dict(params)
     blocks = dict(params["blocks"])
-    for part, final in (("attn", "out"), ("mlp", "down")):
+    for part in ("attn", "mlp"):
         blocks[part] = {expert: initializers.by_depth({part: maps})[part] for expert, maps in blocks[part].items()}
     return {**params, "blocks": blocks}
 
@@ -244,7 +247,8 @@ class TokenHead(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.kernel = self.param("kernel", nn.with_logical_partitioning(initializers.kernel(INIT, "out", self.width, self.ids), ("embed", "vocab")), (self.width, self.ids), jnp.float32)
+        self.kernel = self.param("kernel", nn.with_logical_partitioning(initializers.kernel(INIT, "out", self.width, self.ids), ("embed", "vocab")),
+                                 (self.width, self.ids), jnp.float32)
         self.bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (self.ids,), jnp.float32)
 
     def __call__(self, states: jax.Array) -> jax.Array:
@@ -347,7 +351,8 @@ class VqTokens(nn.Module):
         if self.vit.patch != self.patch:
             raise ValueError(f"targets.encoder.patch={self.vit.patch} gives another grid than the tower's {self.patch}; nearest: {self.patch}")
         self.encoder_head = CodeHead(self.code_width)
-        self.table = self.param("table", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "norm")), (self.codes, self.code_width), jnp.float32)
+        self.table = self.param("table", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "norm")), (self.codes, self.code_width),
+                                jnp.float32)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         tokens = self.vit(2 * image - 1)[:, int(self.vit.class_token):]
@@ -371,7 +376,7 @@ class Unknown(nn.Module):
     image_size: int = 0
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        raise ValueError("model.targets.kind='unknown' tells no ids of masked patches; nearest: 'colours', or a stage whose loss.weights has neither mim nor pair_mim")
+        raise ValueError("model.targets.kind='unknown' tells no ids of masked patches; nearest: 'colours', or loss.weights without mim and pair_mim")
 
 
 TARGETS: Mapping[str, type[nn.Module]] = {"colours": Colours, "vqkd": VqTokens, "unknown": Unknown}

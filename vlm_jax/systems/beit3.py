@@ -160,7 +160,8 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
     """The module of a config's ``model`` section, with the heads that ``terms`` need.
 
     targets: what masked patches are to be told as: kind "colours" (a stand-in; ``bins``), "vqkd" (a frozen tokenizer: ``encoder``, a ViT, ``codes`` and
-    ``code_width``; its weights are for ``init`` to bring, and ``trainable`` leaves out tokenizer/.*) or "unknown". classes: of an image, of two beside a text, or answers; 0: as many as ``answers``. answers: the list that questions are answered from, in the order of
+    ``code_width``; its weights are for ``init`` to bring, and ``trainable`` leaves out tokenizer/.*) or "unknown". classes: of an image, of two beside a
+    text, or answers; 0: as many as ``answers``. answers: the list that questions are answered from, in the order of
     the head's classes, or the name of a file with one a line; answer_ids: the same as the tokenizer has them (``vlm_jax.stage`` fills it).
     """
     dtype = compute_dtype(dtype)
@@ -177,8 +178,9 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
                  mean=tuple(mean), std=tuple(std), scale=scale, dtype=dtype)
 
 
-def build_loss(*, weights: dict, streams: dict | None = None, text_share: float = 0.15, pair_text_share: float = 0.5, image_masked: int = 75, mask_min_cells: int = 16,
-               pair_masks: str = "both", caption_share: float = 0.6, label_smoothing: float = 0.0, drop_worst: float = 0.0, drop_worst_after: int = 0) -> dict[str, Any]:
+def build_loss(*, weights: dict, streams: dict | None = None, text_share: float = 0.15, pair_text_share: float = 0.5, image_masked: int = 75,
+               mask_min_cells: int = 16, pair_masks: str = "both", caption_share: float = 0.6, label_smoothing: float = 0.0, drop_worst: float = 0.0,
+               drop_worst_after: int = 0) -> dict[str, Any]:
     """The ``loss`` section, checked.
 
     weights: of ``mim`` and ``mlm`` (images and texts alone), ``pair_mim`` and ``pair_mlm``, ``itc``, ``cap``, ``vqa``, ``cls``; the model has no heads
@@ -282,7 +284,8 @@ def build(config: Any) -> System:
             states = encode(variables, pair["image"], ids, pair["text_mask"], masked, key=context.drop("pair"))
             seen, read = states[:, 1:model.tower.image_tokens], states[:, model.tower.image_tokens:]
             if PAIR_MIM in terms:
-                found[PAIR_MIM], metrics["pair_mim_accuracy"] = told(variables, seen, apply(variables, Beit3.codes, pair["image"]), masked, o["image_masked"], MIM)
+                found[PAIR_MIM], metrics["pair_mim_accuracy"] = told(variables, seen, apply(variables, Beit3.codes, pair["image"]), masked, o["image_masked"],
+                                                                     MIM)
             if PAIR_MLM in terms:
                 found[PAIR_MLM], metrics["pair_mlm_accuracy"] = told(variables, read, pair["text"], chosen, most, MLM)
         return found, metrics
@@ -392,7 +395,8 @@ def build(config: Any) -> System:
         states = apply(variables, functools.partial(Beit3.encode, unidirectional="text"), batch["image"], batch["text"], batch.get("text_mask"))
         return {"logits": apply(variables, Beit3.words, states[:, model.tower.image_tokens:])}
 
-    def generate(variables: Variables, batch: Batch, *, key=None, method: str = "greedy", beams: int = 1, max_length: int = 0, **options: Any) -> dict[str, jax.Array]:
+    def generate(variables: Variables, batch: Batch, *, key=None, method: str = "greedy", beams: int = 1, max_length: int = 0,
+                 **options: Any) -> dict[str, jax.Array]:
         """text int32 [b, max_length], from <bos> on, and score [b]: each id is told at a mask behind those before it, whose place it then takes.
 
         max_length (0: data.length) counts begin and end. Beam search ranks as the official code does (``beam_rule`` "unilm"); other options as
@@ -426,7 +430,7 @@ def build(config: Any) -> System:
         logits = scores = apply(variables, Beit3.tell, pooled)
         if "candidates" in batch:
             if not len(answers):
-                raise ConfigError("model.answers is empty: nobody knows which answers the head's classes are; nearest: the file with the list, one a line")
+                raise ConfigError("model.answers is empty: nobody knows which answers the head's classes are; nearest: a file with one a line")
             same = equal(batch["candidates"][None], batch["candidates_mask"][None], answers, tokens["pad"])[0]      # [c, list]
             scores = jnp.where(same.any(1), jnp.take(logits, same.argmax(1), axis=1), jnp.finfo(jnp.float32).min)
         best, top = jax.lax.top_k(scores, min(k, scores.shape[1]))
@@ -437,7 +441,8 @@ def build(config: Any) -> System:
         return {"logits": class_logits(variables, batch)}
 
     offered = {"features": (features, True), "fuse": (fuse, True), "embed": (embed, {ITC}), "caption_logits": (caption_logits, {MLM, PAIR_MLM, CAP}),
-               "generate": (generate, {MLM, PAIR_MLM, CAP} if not model.tower.joint_layers else set()), "answer": (answer, {VQA}), "classify": (classify, {CLS})}
+               "generate": (generate, {MLM, PAIR_MLM, CAP} if not model.tower.joint_layers else set()), "answer": (answer, {VQA}),
+               "classify": (classify, {CLS})}
     return System(model, init, loss, {name: fn for name, (fn, needed) in offered.items() if needed is True or needed & set(terms)}, papers=("2208.10442",))
 
 
@@ -447,20 +452,23 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
     if terms & {MIM, PAIR_MIM} and not 0 < o["image_masked"] <= patches:
         raise ConfigError(f"loss.image_masked={o['image_masked']} of {patches} patches; nearest: {round(75 / 196 * patches)}")
     if terms & set(MASKED) and data.batch % group:
-        raise ConfigError(f"data.batch={data.batch} does not divide into groups of {group} rows (loss.streams); nearest: {max(1, round(data.batch / group)) * group}")
+        raise ConfigError(f"data.batch={data.batch} does not divide into groups of {group} rows (loss.streams); nearest: "
+                          f"{max(1, round(data.batch / group)) * group}")
     if data.microbatch:
         raise ConfigError(f"data.microbatch={data.microbatch} is not supported by beit3; nearest: 0, and model.tower.remat for memory")
     if data.images > 2 or data.images == 2 and CLS not in terms:
-        raise ConfigError(f"data.images={data.images}: two images stand beside a text where loss.weights has cls, else one; nearest: {2 if CLS in terms else 1}")
+        raise ConfigError(f"data.images={data.images}: two images stand beside a text where loss.weights has cls, else one; nearest: "
+                          f"{2 if CLS in terms else 1}")
     if CLS in terms and len(data.classes) not in (0, model.classes):
-        raise ConfigError(f"data.classes={tuple(data.classes)} are {len(data.classes)}, but model.classes={model.classes}; nearest: model.classes={len(data.classes)}")
+        raise ConfigError(f"data.classes={tuple(data.classes)} are {len(data.classes)}, but model.classes={model.classes}; nearest: "
+                          f"model.classes={len(data.classes)}")
     if CLS in terms and data.train and not data.classes:
         raise ConfigError("data.classes=() gives batches no label; nearest: the names of the classes")
     if VQA in terms and data.train and not data.answers:
         raise ConfigError("data.answers=0, but a system that answers learns from answers; nearest: 10, and data.answer_length=8")
     if data.length > model.tower.positions - beit3.DEAD_ROWS:
-        raise ConfigError(f"data.length={data.length} exceeds the {model.tower.positions - beit3.DEAD_ROWS} places of model.tower.positions={model.tower.positions}; nearest: "
-                          f"{model.tower.positions - beit3.DEAD_ROWS}")
+        places = model.tower.positions - beit3.DEAD_ROWS
+        raise ConfigError(f"data.length={data.length} exceeds the {places} places of model.tower.positions={model.tower.positions}; nearest: {places}")
 
 
 def table(answer_ids: tuple[tuple[int, ...], ...], pad: int) -> jax.Array:
