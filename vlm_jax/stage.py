@@ -27,12 +27,12 @@ from vlm_jax.data.order import order_of
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.evals import vqa
 from vlm_jax.importers import hub
 from vlm_jax.nn import lora
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
 from vlm_jax.train.state import merge
-
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
 TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
@@ -244,7 +244,8 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     """Checks every section and builds the system; compiles and allocates nothing.
 
     ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and
-    must agree with it elsewhere. Raises ConfigError.
+    must agree with it elsewhere; ``model.answers``, a list or the name of a file with one, is read, and their ids stand in
+    ``model.answer_ids``. Raises ConfigError.
     """
     stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
@@ -276,6 +277,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
             elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
                 raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
                                   f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
+    if tokenizer is not None and stage_config.model.get("answers"):
+        try:
+            stage_config.model.answers = tuple(vqa.read_candidates(stage_config.model.answers))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("vqa candidates", f"stages.{name}.model.answers", 1)) from None
+        stage_config.model.answer_ids = tuple(tuple(tokenizer.encode(answer)) for answer in stage_config.model.answers)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"
                           f"{nearest(stage_config.system, system_names())}")

@@ -30,7 +30,7 @@ ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)\]")
 # ---- tables of positions -----------------------------------------------------------------------
 
 def resize_grid(table: np.ndarray, length: int, kernel: str = "antialias") -> np.ndarray:
-    """A square table of positions [n(+1), width] resized to ``length`` rows; a leading class row is kept.
+    """A square table of positions [n(+1), width] resized to ``length`` rows; a leading class row, and two dead rows before it, are kept.
 
     ``kernel`` "antialias": bicubic (a = -0.5) with antialias and renormalised weights, as open_clip does on
     load (open_clip ``pos_embed.py``); "border": bicubic (a = -0.75) without antialias, samples past the border
@@ -39,7 +39,7 @@ def resize_grid(table: np.ndarray, length: int, kernel: str = "antialias") -> np
     extra, old = _grid_side(table.shape[0])
     extra_new, new = _grid_side(length)
     if extra != extra_new:
-        raise ValueError(f"a table of {table.shape[0]} positions does not resize to {length}: only one has a class row")
+        raise ValueError(f"a table of {table.shape[0]} positions does not resize to {length}: only one has a class row, or dead rows before it")
     weights = _antialiased(old, new) if kernel == "antialias" else _clamped(old, new)
     grid = table[extra:].reshape(old, old, -1).astype(np.float64)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
@@ -47,8 +47,8 @@ def resize_grid(table: np.ndarray, length: int, kernel: str = "antialias") -> np
 
 
 def _grid_side(count: int) -> tuple[int, int]:
-    """(class rows, side) of a table of ``count`` positions."""
-    for extra in (0, 1):
+    """(rows before the grid, side) of a table of ``count`` positions: none, a class row, or two dead rows and a class row (fairseq's habit)."""
+    for extra in (0, 1, 3):
         side = round(max(count - extra, 0) ** 0.5)
         if side and side * side == count - extra:
             return extra, side

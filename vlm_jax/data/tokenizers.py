@@ -125,6 +125,30 @@ class SentencePieceTokenizer(Tokenizer):
         return {"sentencepiece.model": self._model}
 
 
+class XlmrTokenizer(Tokenizer):
+    """A SentencePiece model whose ids are counted as XLM-R's: <s> 0, <pad> 1, </s> 2, <unk> 3, then the pieces, which stand one place after
+    where the model has them, and <mask> last."""
+    kind = "xlmr"
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id = 0, 1, 2, 3
+        self.mask_id = self._processor.vocab_size() + 1
+        self.vocab_size = self.mask_id + 1
+
+    def encode(self, text: str) -> list[int]:
+        unknown = self._processor.unk_id()
+        return [self.bos_id, *(self.unk_id if i == unknown else i + 1 for i in self._processor.encode(text)), self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([i - 1 for i in self._until_end(ids) if self.unk_id < i < self.mask_id])     # a model's table may be longer
+
+    def _files(self) -> dict[str, bytes]:
+        return {"sentencepiece.model": self._model}
+
+
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-level BPE on cleaned, lower-cased text (the CLIP release's ``simple_tokenizer``): 256 byte
     symbols, the same with "</w>", the file's first 48,894 merges (or fewer, in a small one), begin and end
@@ -280,13 +304,13 @@ class JsonTokenizer(Tokenizer):
         return {"tokenizer.json": self._content}
 
 
-KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "clip": (ClipTokenizer, CLIP_FILE),
+KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "xlmr": (XlmrTokenizer, "sentencepiece.model"), "clip": (ClipTokenizer, CLIP_FILE),
          "json": (JsonTokenizer, "tokenizer.json")}
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "hf:PATH or hub id", "bert:VOCAB.txt" (a word-piece
-    vocabulary, lower case), or a directory written by ``save``.
+    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt"
+    (a word-piece vocabulary, lower case), or a directory written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
@@ -302,11 +326,13 @@ def load(name: str) -> Tokenizer:
         return ClipTokenizer(_read(path, "CLIP's vocabulary") if path else _find_clip_vocabulary())
     if kind == "sentencepiece" and path:
         return SentencePieceTokenizer(_read(path, "the SentencePiece model"))
+    if kind == "xlmr" and path:
+        return XlmrTokenizer(_read(path, "the SentencePiece model"))
     if kind == "hf" and path:
         return JsonTokenizer(_read_json(path))
     if kind == "bert" and path:
         return JsonTokenizer(_word_pieces(_read(path, "BERT's vocabulary")))
-    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
+    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "xlmr:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
     raise ValueError(f"tokenizer {name!r} is neither a known name nor a directory{nearest(name, valid)}")
 
 

@@ -12,7 +12,7 @@ from vlm_jax.decode import choose
 from vlm_jax.decode.cache import gather_rows
 from vlm_jax.errors import nearest
 
-RULES = ("log_probability", "open_clip", "transformers_4.15")
+RULES = ("log_probability", "open_clip", "transformers_4.15", "unilm")
 
 
 class _Beams(NamedTuple):
@@ -42,10 +42,16 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
     beside those that end there; a row closes by its best continuation, ended ones included.
     "transformers_4.15" ranks as that release does, with which BLIP's captions were made: as "open_clip", but
     log-probabilities are summed, and the end does not count as length.
+    "unilm" ranks as microsoft/unilm's captioning does (beit3 ``engine_for_finetuning.py``): log-probabilities; the prompt and the end count as
+    length; a text ends wherever an end comes before ``beams`` that run on; one ended text is kept, and a row closes when no running one could
+    beat it if it were ``max_length`` - 1 long; texts are cut one id short of ``max_length``: the last id counts in the score, and an end stands in its place.
     """
     if rule not in RULES:
         raise ValueError(f"beam_rule={rule!r} is not known{nearest(rule, RULES)}")
     theirs = rule != "log_probability"
+    limit = max_length - (rule == "unilm")
+    if limit <= prompt.shape[1]:
+        raise ValueError(f"max_length={max_length} leaves beam_rule={rule!r} no room after a prompt of {prompt.shape[1]} ids; nearest: {prompt.shape[1] + 2}")
     ends = jnp.array(eos_ids, jnp.int32)
     batch, start = prompt.shape
     first_row = jnp.arange(batch)[:, None] * beams          # of each example, in the flat [b*k] order
@@ -68,20 +74,28 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
         source, token = index // vocab, (index % vocab).astype(jnp.int32)
         text = jnp.take_along_axis(state.text, source[:, :, None], axis=1).at[:, :, state.position].set(token)
         position = state.position + 1
-        last = position == max_length
+        last = position == limit
         stops = jnp.isin(token, ends) | (last & (not theirs))
         total, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, totals), beams)
         running = jnp.take_along_axis(text, best[:, :, None], axis=1)
 
-        counted = {"log_probability": position - start, "open_clip": position, "transformers_4.15": position - 1}[rule]
+        counted = {"log_probability": position - start, "transformers_4.15": position - 1}.get(rule, position)
         length = counted.astype(jnp.float32) ** length_penalty
+        rows = first_row + jnp.take_along_axis(source, best, axis=1)
+        if rule == "unilm":
+            ends_here = jnp.isin(token, ends)
+            closed = state.closed | (totals[:, 0] / (max_length - 1) ** length_penalty <= state.score[:, 0])
+            before = jnp.cumsum(~ends_here, axis=1) - ~ends_here      # candidates that run on and are likelier
+            may_end = (last | ends_here & (before < beams)) & ~closed[:, None]
+            cut = text.at[:, :, state.position].set(jnp.where(ends_here, token, ends[0]))
+            score, ended = best_of(state.score, state.ended, jnp.where(may_end, totals / length, -jnp.inf), cut)
+            return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
         may_end = stops & (jnp.arange(totals.shape[1]) < beams) & ~state.closed[:, None]
         score, ended = best_of(state.score, state.ended, jnp.where(may_end, totals / length, -jnp.inf), text)
         closed = state.closed | ((totals if theirs else total)[:, 0] / length <= score[:, -1])
         if theirs:
             whole = position.astype(jnp.float32) ** length_penalty
             score, ended = best_of(score, ended, jnp.where(last & ~closed[:, None], total / whole, -jnp.inf), running)
-        rows = first_row + jnp.take_along_axis(source, best, axis=1)
         return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
 
     def step(carry):
@@ -100,5 +114,5 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
                    gather_rows(cache, copies, batch_axis))
     logits = logits if logits.ndim == 2 else logits[:, -1]
     carry = advance(state, jnp.repeat(logits, beams, axis=0))
-    state, _ = jax.lax.while_loop(lambda c: (c[0].position < max_length) & ~jnp.all(c[0].closed), step, carry)
+    state, _ = jax.lax.while_loop(lambda c: (c[0].position < limit) & ~jnp.all(c[0].closed), step, carry)
     return {"text": state.ended[:, 0], "score": state.score[:, 0]}

@@ -35,11 +35,28 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, bert_tasks, blip, card, hf_bert, hf_clip, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, vqkd, write
+from vlm_jax.importers import (
+    albef,
+    beit3,
+    bert_tasks,
+    blip,
+    card,
+    hf_bert,
+    hf_clip,
+    hub,
+    open_clip,
+    open_clip_coca,
+    openai_clip,
+    read,
+    timm_vit,
+    tokenizer_files,
+    vqkd,
+    write,
+)
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, vqkd.RELEASE)}
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, vqkd.RELEASE, beit3.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
@@ -98,7 +115,7 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         sections["data"]["size"] = hints.size
     found = None
     if "tokens" in sections["model"]:
-        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"]["text"].get("end", ""), say)
+        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
     config = stage_config(layout, sections, found)
     import jax
 

@@ -13,6 +13,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
 WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa")      # bert-base-uncased's
+XLMR = {"beit3": "beit3.spm"}      # releases whose ids are XLM-R's, of the SentencePiece model of that name; their tables are padded
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
@@ -40,7 +41,8 @@ def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, in
         say(f"no tokenizer: {error}. Ids work; for strings import again with --tokenizer")
         return None
     own = len(set(tokens) - {"vocab", "bos", "eos", "pad", "mask"})     # ids after the tokenizer's, such as BLIP's [DEC] and [ENC]
-    why = misfit(found) or ("" if found.vocab_size + own == tokens["vocab"] else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
+    fits = found.vocab_size + own == tokens["vocab"] or release in XLMR and found.mask_id == tokens["mask"]
+    why = misfit(found) or ("" if fits else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
     if why:
         say(f"no tokenizer: {name} {why}. Ids work; for strings import again with --tokenizer")
         return None
@@ -54,6 +56,10 @@ def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
             if (folder / name).is_file():
                 return opened(folder), name
         return tokenizers.load("clip"), "CLIP's vocabulary"
+    if release in XLMR:
+        if not (folder / XLMR[release]).is_file():
+            raise FileNotFoundError(f"there is no {XLMR[release]} beside the file")
+        return tokenizers.load(f"xlmr:{folder / XLMR[release]}"), XLMR[release]
     if release in WORD_PIECES:
         if (folder / "vocab.txt").is_file():
             return tokenizers.load(f"bert:{folder / 'vocab.txt'}"), "vocab.txt"

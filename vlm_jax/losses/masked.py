@@ -16,6 +16,27 @@ def mask_tokens(key: jax.Array, ids: jax.Array, eligible: jax.Array, *, vocab: i
     return jnp.where(chosen, other, ids), chosen
 
 
+def mask_share(key: jax.Array, ids: jax.Array, real: jax.Array, *, share: float, mask_id: int, first_id: int = 3) -> tuple[jax.Array, jax.Array]:
+    """Corrupts a fixed share of ids [b, l] whose first ``n`` are ``real`` (bool [b, l]): of n, int(n share + 1/2), at least 1 and at most n - 1
+    (microsoft/unilm beit3 ``datasets.py``). The first is never chosen; of the chosen, 80% become ``mask_id``, 10% one of ``first_id`` ..
+    ``mask_id``, 10% stay. Returns (corrupted ids, chosen bool [b, l])."""
+    pick, how, what = jax.random.split(key, 3)
+    length = real.sum(1)
+    count = jnp.maximum(jnp.minimum((length * share + 0.5).astype(jnp.int32), length - 1), jnp.minimum(length - 1, 1))
+    open_ = real.astype(bool) & (jnp.arange(ids.shape[1]) > 0)
+    rank = jnp.argsort(jnp.argsort(jnp.where(open_, jax.random.uniform(pick, ids.shape), 2.0)))
+    chosen = open_ & (rank < count[:, None])
+    kind = jax.random.uniform(how, ids.shape)
+    other = jnp.where(kind < 0.8, mask_id, jnp.where(kind < 0.9, ids, jax.random.randint(what, ids.shape, first_id, mask_id + 1)))
+    return jnp.where(chosen, other, ids), chosen
+
+
+def gather_chosen(chosen: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Where a row's chosen places are: (int32 [b, most], bool [b, most], False where there are fewer). chosen bool [b, l], at most ``most`` a row."""
+    at = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+    return at, jnp.take_along_axis(chosen, at, axis=1)
+
+
 def masked_lm(states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chosen: jax.Array, *, teacher: tuple[jax.Array, jax.Array] | None = None,
               alpha: jax.Array | float = 0.0, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over chosen positions: (loss in nats, positions, hits).

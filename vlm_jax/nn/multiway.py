@@ -144,9 +144,9 @@ class MultiwayAttention(nn.Module):
         if cache is not None:
             cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
             k, v = cache["key"], cache["value"]
-            position = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])
-            seen = (jnp.arange(k.shape[1]) <= position[..., None])[:, None]      # each looks at what was written up to itself
-            mask = seen if mask is None else seen & mask
+            if mask is None:
+                position = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])
+                mask = (jnp.arange(k.shape[1]) <= position[..., None])[:, None]      # each looks at what was written up to itself
         y = attend(q, k, v, mask) if bias is None else weigh(attention_weights(q, k, mask, bias=bias), v)
         return layout.route(lambda expert, part: self.of(expert).merge(part), y), cache
 
@@ -217,8 +217,9 @@ def multiway_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module
     """``layers`` equal blocks under ``lax.scan``. Called with
 
       x [b, l, width]; layout: which expert computes which tokens; mask: True = may attend, to [b, h, l, l]; bias [layers, h, l, l], added to
-      the logits; cache: {"key", "value"} [layers, b, length, h, d], into which x's keys and values are written at index, index + 1, ... (each
-      token then sees what stands up to itself); drop_path [layers]: the rate of each layer. None for what there is not.
+      the logits; cache: {"key", "value"} [layers, b, length, h, d], into which x's keys and values are written at index, index + 1, ... (without
+      a mask, which then is of all the cache's places, each token sees what stands up to itself); drop_path [layers]: the rate of each layer.
+      None for what there is not.
 
     it returns (x, cache).
     """
