@@ -39,6 +39,8 @@ VARIANTS = {
     # ALBEF, BLIP (arXiv 2107.07651, 2201.12086): DeiT's and timm's layout, with biased patches and a norm at the end
     "timm_b16": dict(_sizes(224, 16, 768, 12, 12, 3072), patch_bias=True, norms_at=("output",), eps=1e-6, init_scheme="bert"),
     "timm_l16": dict(_sizes(224, 16, 1024, 24, 16, 4096), patch_bias=True, norms_at=("output",), eps=1e-6, init_scheme="bert"),
+    # EVA-CLIP ViT-g/14 (arXiv 2211.07636, Table 2) as BLIP-2 uses it: block 39 of 40 is the last, nothing is normed after it
+    "eva_g14": dict(_sizes(224, 14, 1408, 39, 16, 6144), patch_bias=True, key_bias=False, norms_at=(), eps=1e-6, init_scheme="bert"),
     # 36 tokens of a 48-pixel image: trains on a CPU in minutes (with stem "conv")
     "mini": _sizes(48, 8, 96, 3, 3, 288),
 }
@@ -53,7 +55,7 @@ class ViT(nn.Module):
 
     Fields:
       stem: "patch", or "conv" (overlapping convolutions; ``patch`` must then be a power of two).
-      patch_bias: whether the patches' projection has a bias.
+      patch_bias: whether the patches' projection has a bias. key_bias: whether the keys' has one (``nn.attention.Attention``).
       norms_at: "input" (``input_norm`` before the blocks) and / or "output" (``output_norm`` after).
       positions: "learned" (for ``image_size`` only) or "sincos" (any size; zero for a class token).
       positions_at: "input", and "output" where they are to be added to the result again, so
@@ -72,6 +74,7 @@ class ViT(nn.Module):
     activation: str = "gelu"
     stem: str = "patch"
     patch_bias: bool = False
+    key_bias: bool = True
     class_token: bool = True
     norm: str = "layernorm"
     eps: float = 1e-5
@@ -110,7 +113,7 @@ class ViT(nn.Module):
                                              (count, self.width), jnp.float32)
         self.input_norm, self.output_norm = Norm(self.norm, self.eps), Norm(self.norm, self.eps)
         self.stack = Stack(self.layers, dict(
-            width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps,
+            width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps, key_bias=self.key_bias,
             qk_norm=self.qk_norm, init_scheme=self.init_scheme), self.remat, self.dtype, self.drop_path)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
 
