@@ -9,7 +9,7 @@ import pytest
 import vlm_jax
 from tests.parity import compare
 from vlm_jax import weight_rules
-from vlm_jax.importers import cli, read
+from vlm_jax.importers import bert_tasks, cli, read
 
 STORED = pathlib.Path(__file__).parent / "parity" / "stored"
 CASES = sorted(f.name for f in STORED.iterdir() if f.is_dir())
@@ -29,7 +29,8 @@ def imported(tmp_path_factory):
 
 
 def test_every_release_has_cases():
-    elsewhere = {"albef", "blip", "hf_blip", "hf_bert", "timm_vit"}      # test_albef.py, test_blip.py, test_bert.py
+    elsewhere = {"albef", "blip", "hf_blip", "hf_bert", "timm_vit", "hf_opt", "hf_llama", "hf_t5",      # test_albef.py, test_blip.py, test_bert.py, test_language.py
+                 *(release.name for release in bert_tasks.RELEASES)}      # test_bert_tasks.py
     assert {json.loads((STORED / name / "case.json").read_text())["release"] for name in CASES} | elsewhere == set(cli.RELEASES)
 
 
