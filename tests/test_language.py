@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import shutil
+import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import partitioning
+from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
@@ -325,6 +326,27 @@ def test_what_is_no_such_model_is_refused(name, change, config, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         cli.import_release(name, str(copy_of(name, tmp_path / "src", change, **config)), tmp_path / "in", say=quiet)
     assert not (tmp_path / "in").exists()
+
+
+class Drawn(dict):
+    """Tensors that are made when they are asked for, as a file's are."""
+
+    def __getitem__(self, name):
+        return np.full(super().__getitem__(name), 1.0, np.float32)
+
+
+def test_an_import_holds_one_tensor_beside_the_model():
+    layers, width = 12, 128
+    sources = Drawn({f"layers.{i}.weight": (width, width) for i in range(layers)}, table=(256, width))
+    tracemalloc.start()
+    try:
+        leaves, _ = weight_rules.import_leaves((("kernel", "layers.{layer}.weight", "dense"), ("table", "table", "copy")), (),
+                                               {"kernel": (layers, width, width), "table": (256, width)}, sources, "here")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    model = sum(x.nbytes for x in leaves.values())
+    assert model < peak < model + 3 * 4 * width * width      # two drawn layers may meet
 
 
 def test_tokenizers_lie_beside_the_files(tmp_path):

@@ -121,7 +121,7 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},
-                        "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}})
+                        "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}}, lent=True)
     if found is not None:
         found.save(str(out / "tokenizer"))
     source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
