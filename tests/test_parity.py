@@ -29,7 +29,7 @@ def imported(tmp_path_factory):
 
 
 def test_every_release_has_cases():
-    elsewhere = {"albef", "blip", "hf_blip", "hf_bert", "timm_vit", "hf_opt", "hf_llama", "hf_t5",      # test_albef.py, test_blip.py, test_bert.py, test_language.py
+    elsewhere = {"albef", "blip", "hf_blip", "hf_bert", "timm_vit", "eva", "hf_opt", "hf_llama", "hf_t5",      # test_albef.py, test_blip.py, test_bert.py, test_language.py
                  *(release.name for release in bert_tasks.RELEASES)}      # test_bert_tasks.py
     assert {json.loads((STORED / name / "case.json").read_text())["release"] for name in CASES} | elsewhere == set(cli.RELEASES)
 

@@ -1,7 +1,7 @@
 """transformers' BERT and BLIP and timm's ViT against ours, where no released weights are needed; and one where they are.
 
     pip install -e ".[parity]"
-    python -m tests.parity.hugging_face store            renews official_outputs/hf_bert and official_outputs/timm_vit
+    python -m tests.parity.hugging_face store            renews official_outputs/{hf_bert,timm_vit,eva}
     python -m tests.parity.hugging_face store_language   renews official_outputs/{hf_opt,hf_llama,hf_t5}
     python -m tests.parity.hugging_face exports          transformers opens our exports of its BLIP models
     python -m tests.parity.hugging_face sentences DIR    embeddings of a BERT for sentences (all-MiniLM-L6-v2), mean over its tokens
@@ -53,6 +53,33 @@ def store() -> None:
     with torch.no_grad():
         np.savez_compressed(OUTPUTS / "timm_vit" / "io.npz",
                             in_images=image.numpy().transpose(0, 2, 3, 1), out_tokens=net.forward_features(image).numpy())
+    store_eva()
+
+
+def store_eva() -> None:
+    """The ViT of transformers' BLIP-2 of an odd size, under the names of LAVIS's file: 40 blocks, of which the last is not used."""
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    net = official.draw(Blip2VisionModel(Blip2VisionConfig(hidden_size=12, intermediate_size=20, num_hidden_layers=40, num_attention_heads=2, image_size=12,
+                                                           patch_size=6, layer_norm_eps=1e-6)), 22)
+    names, tensors = net.state_dict(), {}
+    with torch.no_grad():
+        for layer in net.encoder.layers:
+            layer.self_attn.qkv.bias[12:24] = 0
+    for name, x in names.items():
+        name = name.replace("encoder.layers.", "blocks.").replace("layer_norm", "norm").replace("self_attn.projection", "attn.proj").replace("self_attn", "attn")
+        name = name.replace("embeddings.class_embedding", "cls_token").replace("embeddings.position_embedding", "pos_embed")
+        name = name.replace("embeddings.patch_embedding", "patch_embed.proj").replace("post_layernorm", "norm")
+        if name.endswith("qkv.bias"):
+            tensors[name.replace("qkv.bias", "q_bias")], tensors[name.replace("qkv.bias", "v_bias")] = x[:12].clone(), x[24:].clone()
+        else:
+            tensors[name] = x
+    image, _ = official.inputs(12, 4, 60, 59, 22, (4, 4))
+    (OUTPUTS / "eva").mkdir(exist_ok=True)
+    torch.save({name: x.half() for name, x in tensors.items()}, OUTPUTS / "eva" / "eva_tiny.pth")
+    with torch.no_grad():
+        tokens = net(pixel_values=image, output_hidden_states=True).hidden_states[39]
+    np.savez_compressed(OUTPUTS / "eva" / "io.npz", in_images=image.numpy().transpose(0, 2, 3, 1), out_tokens=tokens.numpy())
 
 
 NEW = 7      # ids of a continuation

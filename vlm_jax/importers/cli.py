@@ -35,11 +35,11 @@ from vlm_jax import config as configs
 from vlm_jax import provenance, weight_rules
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.importers import albef, bert_tasks, blip, card, hf_bert, hf_clip, hf_llama, hf_opt, hf_t5, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
+from vlm_jax.importers import albef, bert_tasks, blip, card, eva, hf_bert, hf_clip, hf_llama, hf_opt, hf_t5, hub, open_clip, open_clip_coca, openai_clip, read, timm_vit, tokenizer_files, write
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE,
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
                                 hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
