@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from tests.tiny import tiny
 from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
 from vlm_jax.data import tokenizers
@@ -23,6 +24,7 @@ from vlm_jax.losses.captioning import captioning
 from vlm_jax.models import language, t5
 from vlm_jax.models.decoder import positions_of
 from vlm_jax.nn import lora
+from vlm_jax.train import init
 from vlm_jax.train.state import merge, unbox
 
 STORED = pathlib.Path(__file__).parent / "parity" / "official_outputs"
@@ -254,6 +256,26 @@ def test_bfloat16_weights_are_kept_and_computed_in(folder, opened, tmp_path):
     assert found.dtype == np.float32 and 1e-3 < error.max() < 0.5
     with pytest.raises(ConfigError, match="--dtype='float16' is not known; nearest: 'bfloat16'"):
         cli.import_release("hf_llama", str(STORED / "hf_llama"), tmp_path / "no", say=quiet, dtype="float16")
+
+
+def test_frozen_kernels_may_be_bfloat16():
+    whole = tiny("clip")
+    section = whole.stages.pretrain
+    section.trainable, section.frozen_dtype = ("(?!text/).*", "text/.*norm.*"), "bfloat16"
+    stage = stages.resolve(section, "pretrain")
+    narrow = {p for p, x in stage.plan.shapes.items() if x.dtype == jnp.bfloat16}
+    assert {"text/token_embed/table", "text/blocks/attn/query/kernel"} <= narrow <= set(stage.plan.frozen)
+    assert {p.rpartition("/")[2] for p in narrow} == {"kernel", "table"} and all(p.startswith("text/") for p in narrow)
+    tx, _ = stages.make_optimizer(stage)
+    mesh = partitioning.make_mesh("dp", devices=jax.devices()[:1])
+    given = {"text/token_embed/table": np.full(stage.plan.shapes["text/token_embed/table"].shape, 0.3, np.float32)}
+    state = init.create(stage.system, stage.plan, tx, mesh, jax.random.key(0), stage.spec, given)
+    told = init.abstract(stage.system, stage.plan, tx, mesh)      # what a checkpoint is restored into
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), told)
+    assert float(state.frozen["text/token_embed/table"][0, 0]) == float(jnp.bfloat16(0.3))
+    section.frozen_dtype = "float16"
+    with pytest.raises(ConfigError, match="frozen_dtype='float16' is not known; nearest: 'bfloat16'"):
+        stages.resolve(section, "pretrain")
 
 
 def test_adapters_on_a_decoder_train_and_merge(folder):
