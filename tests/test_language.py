@@ -110,6 +110,14 @@ def test_greedy_continuations_behind_a_prefix_are_the_official_ones(name, opened
     np.testing.assert_array_equal(found["text"][:, -NEW:], IO[name]["out_prefix_greedy"])
 
 
+@pytest.mark.parametrize("name", ("hf_opt", "hf_t5"))      # both kinds of cache, whose rows the beams permute
+def test_beams_behind_a_prefix_are_the_official_ones(name, opened):
+    batch = {k: x for k, x in batch_of(name, prefix=True).items() if k != "target"}
+    found = opened(name).predict["generate"](batch, max_new=NEW, min_new=NEW, method="beam", beams=3)["text"][:, -NEW:]
+    np.testing.assert_array_equal(found, IO[name]["out_prefix_beam"])
+    assert (found != IO[name]["out_prefix_greedy"]).any()
+
+
 def test_greedy_continuations_of_padded_texts_are_the_official_ones(opened):
     found = opened("hf_llama").predict["generate"](batch_of("hf_llama"), max_new=NEW, min_new=NEW)["text"]
     np.testing.assert_array_equal(found, np.concatenate([IO["hf_llama"]["in_ids"], IO["hf_llama"]["out_greedy"]], 1))

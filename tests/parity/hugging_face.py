@@ -118,6 +118,7 @@ def store_language() -> None:
                     out = net(**given, decoder_input_ids=target, output_hidden_states=True)
                     io |= {f"out_{key}memory": out.encoder_last_hidden_state, f"out_{key}states": out.decoder_hidden_states[-1], f"out_{key}logits": out.logits}
                     io[f"out_{key}greedy"] = net.generate(**given, **options)[:, 1:]
+                    io[f"out_{key}beam"] = net.generate(**given, **{**options, "num_beams": 3})[:, 1:]
                 offsets = torch.arange(-200, 201)
                 for direction in ("both", "causal"):
                     buckets = net.encoder.block[0].layer[0].SelfAttention._relative_position_bucket(offsets, direction == "both", 32, 128)
@@ -139,6 +140,7 @@ def store_language() -> None:
                     io |= {f"out_{key}states": out.hidden_states[-1], f"out_{key}logits": out.logits}
                     given.pop("position_ids", None)
                     io[f"out_{key}greedy"] = net.generate(**given, **options)[:, -NEW:]
+                    io[f"out_{key}beam"] = net.generate(**given, **{**options, "num_beams": 3})[:, -NEW:]
         np.savez_compressed(OUTPUTS / name / "io.npz", **{k: v.numpy().astype({torch.int64: np.int32}.get(v.dtype, v.numpy().dtype)) for k, v in io.items()})
 
 
