@@ -248,6 +248,20 @@ def test_losses_are_equal_on_every_mesh():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found[devices][1], found[1][1])
 
 
+@pytest.mark.parametrize("family", ("opt", "t5"))
+def test_units_are_dropped_where_a_key_is_given(family):
+    tower = language.build(family=family, **SMALL, dropout=0.1, **(dict(head_dim=8) if family == "t5" else dict(positions=16)))
+    rng = np.random.default_rng(0)
+    params = {"params": jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes_of(tower))}
+    ids = jnp.arange(8)[None]
+    with_key = jax.jit(lambda key: tower.apply(params, ids, method=whole, rngs={"dropout": key}))
+    plain = jax.jit(lambda: tower.apply(params, ids, method=whole))()
+    one, again, other = with_key(jax.random.key(0)), with_key(jax.random.key(0)), with_key(jax.random.key(1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3 and np.abs(one - plain).max() > 1e-3
+    np.testing.assert_array_equal(plain, jax.jit(lambda: tower.clone(dropout=0.0).apply(params, ids, method=whole))())
+
+
 def test_bfloat16_weights_are_kept_and_computed_in(folder, opened, tmp_path):
     half = cli.import_release("hf_llama", str(STORED / "hf_llama"), tmp_path / "half", say=quiet, dtype="bfloat16")
     leaves = stages.read_weights(half)
@@ -393,6 +407,25 @@ def test_tokenizers_lie_beside_the_files(tmp_path):
     longer = {"vocab": 12, "bos": 2, "eos": 2, "pad": 1}      # rows of the table beyond the vocabulary
     assert tokenizer_files.find("hf_opt", tmp_path, "", longer, "", quiet) is not None
     assert tokenizer_files.find("hf_opt", tmp_path, "", {**longer, "vocab": 6}, "", quiet) is None
+
+
+def test_a_model_with_its_tokenizer_takes_strings(tmp_path):
+    opt = copy_of("hf_opt", tmp_path / "opt")
+    letters = {c: i + 4 for i, c in enumerate(["a", "b", "Ġ", "ab"])} | {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    (opt / "vocab.json").write_text(json.dumps(letters))
+    (opt / "merges.txt").write_text("#version: 0.2\na b\n")
+    model = vlm_jax.load(cli.import_release("hf_opt", str(opt), tmp_path / "in", say=quiet))
+    ids, mask = model.ids("ab b")
+    assert ids[0, :5].tolist() == [2, 7, 6, 5, 1] and mask[0].sum() == 4 and dict(model.config.model.tokens) == dict(vocab=96, bos=2, eos=2, pad=1)
+    seq = copy_of("hf_t5", tmp_path / "t5")
+    pieces = json.loads(tokenizer_files.open_opt_vocabulary(opt).content())
+    pieces["added_tokens"] = [dict(pieces["added_tokens"][0], id=i, content=c) for i, c in ((0, "<pad>"), (1, "</s>"))]
+    pieces["model"]["vocab"] = {"<pad>": 0, "</s>": 1, "a": 4, "b": 5, "Ġ": 6, "ab": 7}
+    pieces["post_processor"] = dict(type="TemplateProcessing", single=[dict(Sequence=dict(id="A", type_id=0)), dict(SpecialToken=dict(id="</s>", type_id=0))],
+                                    pair=[dict(Sequence=dict(id="A", type_id=0))], special_tokens={"</s>": dict(id="</s>", ids=[1], tokens=["</s>"])})
+    (seq / "tokenizer.json").write_text(json.dumps(pieces))
+    model = vlm_jax.load(cli.import_release("hf_t5", str(seq), tmp_path / "t5_in", say=quiet))
+    assert model.ids("ab b")[0][0, :5].tolist() == [7, 6, 5, 1, 0] and dict(model.config.model.tokens) == dict(vocab=96, bos=None, eos=1, pad=0)
 
 
 def test_a_language_model_is_no_other_tower(folder):

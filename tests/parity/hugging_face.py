@@ -67,7 +67,8 @@ def store_eva() -> None:
         for layer in net.encoder.layers:
             layer.self_attn.qkv.bias[12:24] = 0
     for name, x in names.items():
-        name = name.replace("encoder.layers.", "blocks.").replace("layer_norm", "norm").replace("self_attn.projection", "attn.proj").replace("self_attn", "attn")
+        name = name.replace("encoder.layers.", "blocks.").replace("layer_norm", "norm")
+        name = name.replace("self_attn.projection", "attn.proj").replace("self_attn", "attn")
         name = name.replace("embeddings.class_embedding", "cls_token").replace("embeddings.position_embedding", "pos_embed")
         name = name.replace("embeddings.patch_embedding", "patch_embed.proj").replace("post_layernorm", "norm")
         if name.endswith("qkv.bias"):

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
     """embeddings [b, l, width] -> states [b, l, width], normed. Families derive from it and say in ``place`` where tokens stand.
 
     Params token_embed, blocks/* (``nn.block.Block``), output_norm and, with ``head`` "own", lm_head/kernel; "tied" logits come
-    from the token table.
+    from the token table. dropout: of what enters the residual stream, where a stream of random keys "dropout" is given (OPT was trained with 0.1).
     """
     vocab: int
     width: int
@@ -64,6 +64,7 @@ class Decoder(nn.Module):
     norm: str = "layernorm"
     eps: float = 1e-5
     head: str = "tied"
+    dropout: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -74,8 +75,9 @@ class Decoder(nn.Module):
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r} is not known{nearest(self.head, HEADS)}")
         self.token_embed = TokenEmbed(self.vocab, self.width, dtype=self.dtype)
-        self.stack = Stack(self.layers, dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, gated=self.gated,
-                                             use_bias=self.use_bias, norm=self.norm, eps=self.eps, causal="causal", init_scheme="bert"), self.remat, self.dtype)
+        self.stack = Stack(self.layers, dict(
+            width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, gated=self.gated, use_bias=self.use_bias,
+            norm=self.norm, eps=self.eps, causal="causal", init_scheme="bert", dropout=self.dropout), self.remat, self.dtype)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
         self.output_norm = Norm(self.norm, self.eps)
         if self.head == "own":

@@ -54,7 +54,8 @@ class T5(nn.Module):
 
     Params token_embed (of both), encoder/blocks/*, decoder/blocks/*, encoder_positions and decoder_positions [buckets, heads] (of
     relative positions, for all layers of a stack; cross-attention has none), encoder_norm, decoder_norm, lm_head/kernel.
-    activation: "gelu_tanh" as published; BLIP-2 and InstructBLIP run the same weights with "gelu".
+    activation: "gelu_tanh" as published; BLIP-2 and InstructBLIP run the same weights with "gelu". dropout: of embeddings, attention weights,
+    hidden units, what enters the residual stream and the result, where a stream of random keys "dropout" is given (T5 was tuned with 0.1).
     """
     vocab: int = VOCAB
     width: int = 2048
@@ -66,6 +67,7 @@ class T5(nn.Module):
     eps: float = 1e-6
     buckets: int = 32
     max_distance: int = 128
+    dropout: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -74,7 +76,8 @@ class T5(nn.Module):
 
     def setup(self):
         block = dict(width=self.width, heads=self.heads, head_dim=self.head_dim, mlp_dim=self.mlp_dim, activation=self.activation, gated=True,
-                     use_bias=False, norm="rmsnorm", eps=self.eps, scale=1.0, init_scheme="fan_in")
+                     use_bias=False, norm="rmsnorm", eps=self.eps, scale=1.0, init_scheme="fan_in",
+                     dropout=self.dropout, inner_dropout=self.dropout)
         table = nn.with_logical_partitioning(nn.initializers.normal(self.width ** -0.5), ("position", "heads")), (self.buckets, self.heads), jnp.float32
         self.token_embed = TokenEmbed(self.vocab, self.width, 1.0, self.dtype)
         self.encoder_positions, self.decoder_positions = self.param("encoder_positions", *table), self.param("decoder_positions", *table)
@@ -82,6 +85,10 @@ class T5(nn.Module):
         self.decoder = Stack(self.layers, dict(block, causal="causal", cross_layout="plain", memory_width=self.width), self.remat, self.dtype)
         self.encoder_norm, self.decoder_norm = Norm("rmsnorm", self.eps), Norm("rmsnorm", self.eps)
         self.lm_head = VocabularyHead(self.vocab, self.width)
+        self.drop = nn.Dropout(self.dropout)
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        return self.drop(x, deterministic=not self.has_rng("dropout"))
 
     def position_bias(self, direction: str, queries: jax.Array, length: int) -> jax.Array:
         """fp32 [heads, q, length]: what logits get for queries at places ``queries`` [q] and keys at 0, 1, ..."""
@@ -96,8 +103,8 @@ class T5(nn.Module):
     def encode(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Embeddings [b, n, width], of tokens or of anything put in front of them -> memory [b, n, width]. mask: bool [b, n], True where real."""
         bias = self.position_bias("both", jnp.arange(x.shape[1]), x.shape[1])
-        x, _ = self.encoder(x, keys(mask), bias=bias)
-        return shard(self.encoder_norm(x), "batch", "length", "act_embed")
+        x, _ = self.encoder(self.dropped(x), keys(mask), bias=bias)
+        return shard(self.dropped(self.encoder_norm(x)), "batch", "length", "act_embed")
 
     def decode(self, x: jax.Array, memory: jax.Array, memory_mask: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """States [b, l, width] of embeddings [b, l, width], the first that of the pad id, beside a memory [b, n, width].
@@ -105,8 +112,8 @@ class T5(nn.Module):
         mask: bool [b, l], True where real; padding at the end needs none, as no token looks at what follows it.
         """
         bias = self.position_bias("causal", jnp.arange(x.shape[1]), x.shape[1])
-        x, _ = self.decoder(x, keys(mask), memory, keys(memory_mask), bias=bias)
-        return shard(self.decoder_norm(x), "batch", "length", "act_embed")
+        x, _ = self.decoder(self.dropped(x), keys(mask), memory, keys(memory_mask), bias=bias)
+        return shard(self.dropped(self.decoder_norm(x)), "batch", "length", "act_embed")
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, target: jax.Array) -> jax.Array:
         """Encoder and decoder: states of ``target``, embeddings [b, l, width]."""

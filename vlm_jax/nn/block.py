@@ -35,7 +35,8 @@ class Block(nn.Module):
     ``cross_layout``: "none"; "single", as above, one MLP a layer (CoCa's paper); "plain", the same without ``norm_kv`` (T5);
     "double", a whole block followed by a whole cross block with its own MLP (open_clip's CoCa), whose members are
     ``cross_norm1``, ``cross_norm_kv``, ``cross``, ``cross_norm2``, ``cross_mlp``. ``gated``: see ``Mlp``; ``key_bias``, ``scale``: see
-    ``Attention``.
+    ``Attention``. ``dropout``: of what enters the residual stream, ``inner_dropout``: of attention weights and hidden units, both where a
+    stream of random keys "dropout" is given.
     """
     width: int
     heads: int
@@ -48,6 +49,8 @@ class Block(nn.Module):
     key_bias: bool = True
     gated: bool = False
     scale: float | None = None
+    dropout: float = 0.0
+    inner_dropout: float = 0.0
     qk_norm: str = "none"
     causal: str = "none"
     cross_layout: str = "none"
@@ -66,12 +69,14 @@ class Block(nn.Module):
             raise ValueError(f"cross_layout={self.cross_layout!r} is not known{nearest(self.cross_layout, CROSS)}")
         norm = functools.partial(Norm, self.norm, self.eps)
         mlp = functools.partial(Mlp, self.mlp_dim, self.activation, self.use_bias, self.init_scheme, self.depth, self.dtype,
-                                gated=self.gated)
+                                gated=self.gated, dropout=self.inner_dropout)
         attention = functools.partial(Attention, self.width, self.heads, self.head_dim, use_bias=self.use_bias, key_bias=self.key_bias,
-                                      scale=self.scale, qk_norm=self.qk_norm, init_scheme=self.init_scheme, depth=self.depth, dtype=self.dtype)
+                                      scale=self.scale, qk_norm=self.qk_norm,
+                                      init_scheme=self.init_scheme, depth=self.depth, dropout=self.inner_dropout, dtype=self.dtype)
         cache = None if cache is None else dict(cache)
 
         def added(x, y, name):
+            y = nn.Dropout(self.dropout)(y, deterministic=not self.has_rng("dropout"))
             if drop_path is not None and self.has_rng("dropout"):
                 kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
                 y = jnp.where(kept, y / (1 - drop_path).astype(y.dtype), 0)

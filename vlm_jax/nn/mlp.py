@@ -31,7 +31,8 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_tanh": lambda x: ja
 
 class Mlp(nn.Module):
     """x [b, l, d] -> [b, l, d] over ``hidden`` units; params up/{kernel,bias}, down/{kernel,bias}. ``sub_norm``: the eps of a LayerNorm
-    over the hidden units (Magneto, arXiv 2210.06423), 0 for none. ``gated``: down(activation(gate x) * up x), with params
+    over the hidden units (Magneto, arXiv 2210.06423), 0 for none. ``dropout``: of the hidden units, where a stream of random keys
+    "dropout" is given. ``gated``: down(activation(gate x) * up x), with params
     gate/{kernel,bias} beside (GLU, arXiv 2002.05202)."""
     hidden: int
     activation: str = "gelu"
@@ -41,6 +42,7 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
     sub_norm: float = 0.0
     gated: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,4 +60,5 @@ class Mlp(nn.Module):
             hidden = ACTIVATIONS[self.activation](gate) * hidden
         else:
             hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.has_rng("dropout"))
         return down(Norm("layernorm", self.sub_norm, name="sub_norm")(hidden) if self.sub_norm else hidden)
