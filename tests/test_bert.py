@@ -1,4 +1,4 @@
-"""BERT and ViT alone, against transformers and timm on small random weights (tests/parity/hugging_face.py), and as the start of other systems."""
+"""BERT, ViT and EVA alone, against transformers and timm on small random weights (tests/parity/hugging_face.py), and as the start of other systems."""
 
 import json
 import pathlib
@@ -51,6 +51,19 @@ def test_tokens_of_images_are_the_official_ones(vit):
     images = {"image": PIXELS["in_images"]}
     assert far(vlm_jax.load(vit).predict["features"](images)["image"], "out_tokens") < 1e-4
     assert "head.weight" in json.loads((vit / "import.json").read_text())["ignored"]
+
+
+def test_evas_tokens_are_the_official_ones_without_the_last_block(tmp_path):
+    """The ViT of BLIP-2: transformers' tokens behind block 39 of 40, which nothing norms."""
+    found = cli.import_release("eva", str(STORED / "eva" / "eva_tiny.pth"), tmp_path / "in", cli.Hints(image_heads=2), say=lambda line: None)
+    io, model = np.load(STORED / "eva" / "io.npz"), vlm_jax.load(found)
+    tokens = model.predict["features"]({"image": io["in_images"]})["image"]
+    assert tokens.shape == (2, 5, 12) and np.abs(tokens - io["out_tokens"]).max() < 1e-4
+    assert model.stage.plan.shapes["image/blocks/attn/query/bias"].shape == (39, 2, 6) and "image/blocks/attn/key/bias" not in model.stage.plan.shapes
+    ignored = json.loads((found / "import.json").read_text())["ignored"]
+    assert ignored and all(name.startswith(("blocks.39.", "norm.")) for name in ignored)
+    wrong, variables = model.stage.system.model.image.clone(parent=None, eps=1e-2), {"params": model.variables["params"]["image"]}
+    assert np.abs(jax.jit(wrong.apply)(variables, io["in_images"]) - io["out_tokens"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("change", [dict(eps=1e-12), dict(heads=2), dict(token_types=0)])

@@ -198,7 +198,7 @@ def test_a_loss_that_stays_infinite_stops_the_run(tmp_path):
 
 def test_frozen_parameters_are_written_once_and_come_back(tmp_path):
     workdir = tmp_path / "frozen"
-    half = ["--config.stages.pretrain.trainable=('text.*','logit_scale')"]
+    half = ["--config.stages.pretrain.trainable=('text.*','logit_scale')", "--config.stages.pretrain.frozen_dtype=bfloat16"]
     code, output = finish(workdir, *half, "--config.stages.pretrain.steps=4")
     assert code == 0, output[-3000:]
     folder = stage_of(workdir)
@@ -208,5 +208,6 @@ def test_frozen_parameters_are_written_once_and_come_back(tmp_path):
     assert code == 0 and "resumed at step 2" in output, output[-3000:]
     stored = checkpoint.read_manifest(folder / "checkpoints" / "4")["leaves"]
     assert not any("image" in path for path in stored)
+    assert checkpoint.read_manifest(folder / "frozen" / "0")["leaves"]["frozen/image/blocks/attn/query/kernel"]["dtype"] == "bfloat16"
     import vlm_jax
     assert vlm_jax.load(workdir).embed_image(np.zeros((48, 48, 3), np.uint8)).shape == (1, 16)

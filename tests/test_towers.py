@@ -52,6 +52,11 @@ def count_vit(variant, **fields):
     return count(ViT(**vit.VARIANTS[variant], **fields), (1, side, side, 3))
 
 
+@pytest.mark.parametrize("size, total", [(224, 985_894_528), (364, 986_485_888)])
+def test_eva_counts(size, total):
+    assert count(ViT(**{**vit.VARIANTS["eva_g14"], "image_size": size}), (1, size, size, 3)) == total
+
+
 @pytest.mark.parametrize("variant, embed, words, total, image", [
     ("b32", 512, "512x12", 151_277_313, 87_849_216), ("b16", 512, "512x12", 149_620_737, 86_192_640),
     ("l14", 768, "768x12", 427_616_513, 303_966_208), ("l14_336", 768, "768x12", 427_944_193, 304_293_888),

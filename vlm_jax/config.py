@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 
 from vlm_jax.errors import ConfigError, nearest
 
-STAGE_KEYS = ("system", "model", "loss", "lora", "trainable", "init", "optim", "data", "evals", "steps", "select", "checkpoint",
+STAGE_KEYS = ("system", "model", "loss", "lora", "trainable", "frozen_dtype", "init", "optim", "data", "evals", "steps", "select", "checkpoint",
               "log", "mesh", "rules", "seed")
 DEFAULTS: Mapping[str, Any] = dict(
-    loss={}, lora={}, trainable=(".*",), init=(), evals={}, select={}, seed=0, rules="dp", mesh=dict(data=0, fsdp=0, tensor=0),
+    loss={}, lora={}, trainable=(".*",), frozen_dtype="float32", init=(), evals={}, select={}, seed=0, rules="dp", mesh=dict(data=0, fsdp=0, tensor=0),
     checkpoint=dict(every=1000, keep=2), log=dict(every=10, tensorboard=False, wandb=""))
 # May differ between a run and its resumption; every other change is refused by name. The last line changes where and in how many
 # passes a step is computed: results change by rounding, and in what dropout draws.

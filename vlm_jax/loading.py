@@ -102,8 +102,8 @@ def load(directory: str | pathlib.Path) -> Model:
     missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)
     if missing:
         raise ConfigError(f"{folder} lacks {len(missing)} leaves of its model, the first: {sorted(missing)[0]}")
-    params = {p: jnp.asarray(leaves[p]) for p in stage.plan.shapes}
-    moving = {p: jnp.asarray(leaves[p]) for p in stage.plan.moving}
+    params = {p: jnp.asarray(leaves.pop(p)) for p in stage.plan.shapes}      # not twice in memory
+    moving = {p: jnp.asarray(leaves.pop(p)) for p in stage.plan.moving}
     record = provenance.read(folder)
     provenance.tell_licence(folder, record)
     return Model(stage, merge(params, {}, moving), record)

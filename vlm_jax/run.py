@@ -187,7 +187,8 @@ class StageRun:
             raise ConfigError(f"{self.where}.select.average={average}: the stage starts from fresh weights (init is empty), "
                               "which there is no use in averaging with; nearest: 1.0")
         if (self.folder / "config.json").exists():
-            changed = configs.changes(configs.from_json((self.folder / "config.json").read_text()), self.stage.config)
+            started = configs.to_plain(configs.from_json((self.folder / "config.json").read_text()))
+            changed = configs.changes(configs.ConfigDict({**configs.DEFAULTS, **started}), self.stage.config)     # a key may be younger than the run
             if changed:
                 raise ConfigError(f"{self.folder} was started with another config; changed: " + "; ".join(changed)
                                   + ". Use another --workdir, or the old values.")

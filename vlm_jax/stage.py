@@ -32,7 +32,7 @@ from vlm_jax.importers import hub
 from vlm_jax.nn import lora
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
-from vlm_jax.train.state import merge
+from vlm_jax.train.state import merge, narrow
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
 TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
@@ -288,10 +288,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
                           f"{nearest(stage_config.system, system_names())}")
     module = importlib.import_module(f"vlm_jax.systems.{stage_config.system}")
     system = configs.call(module.build, {}, f"stages.{name}", stage_config)
-    if not stage_config.lora:
-        return Stage(name, stage_config, data, tokenizer, system)
-    adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
-    return Stage(name, stage_config, data, tokenizer, configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters), adapters)
+    adapters = None
+    if stage_config.lora:
+        adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
+        system = configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters)
+    system = configs.call(narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
+    return Stage(name, stage_config, data, tokenizer, system, adapters)
 
 
 def make_optimizer(stage: Stage):

@@ -193,8 +193,15 @@ def value(path: str, shape: Sequence[int], template: str, how: str, sources: Map
             raise ConfigError(f"{where}: {path} has shape {tuple(shape)}, but {name} gives {x.shape}")
         return x
 
-    values = [one(name) for name in _names(template, shape)]
-    return np.stack(values) if stacked else values[0]
+    names = _names(template, shape)
+    if not stacked:
+        return one(names[0])
+    out = None
+    for i, name in enumerate(names):      # one layer beside the leaf, not all of them: language models are large
+        layer = one(name)
+        out = np.empty((len(names), *layer.shape), layer.dtype) if out is None else out
+        out[i] = layer
+    return out
 
 
 # ---- tables of rules ---------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """transformers' BERT and BLIP and timm's ViT against ours, where no released weights are needed; and one where they are.
 
     pip install -e ".[parity]"
-    python -m tests.parity.hugging_face store            renews official_outputs/hf_bert and official_outputs/timm_vit
+    python -m tests.parity.hugging_face store            renews official_outputs/{hf_bert,timm_vit,eva}
+    python -m tests.parity.hugging_face store_language   renews official_outputs/{hf_opt,hf_llama,hf_t5}
     python -m tests.parity.hugging_face exports          transformers opens our exports of its BLIP models
     python -m tests.parity.hugging_face sentences DIR    embeddings of a BERT for sentences (all-MiniLM-L6-v2), mean over its tokens
 
@@ -52,6 +53,96 @@ def store() -> None:
     with torch.no_grad():
         np.savez_compressed(OUTPUTS / "timm_vit" / "io.npz",
                             in_images=image.numpy().transpose(0, 2, 3, 1), out_tokens=net.forward_features(image).numpy())
+    store_eva()
+
+
+def store_eva() -> None:
+    """The ViT of transformers' BLIP-2 of an odd size, under the names of LAVIS's file: 40 blocks, of which the last is not used."""
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    net = official.draw(Blip2VisionModel(Blip2VisionConfig(hidden_size=12, intermediate_size=20, num_hidden_layers=40, num_attention_heads=2, image_size=12,
+                                                           patch_size=6, layer_norm_eps=1e-6)), 22)
+    names, tensors = net.state_dict(), {}
+    with torch.no_grad():
+        for layer in net.encoder.layers:
+            layer.self_attn.qkv.bias[12:24] = 0
+    for name, x in names.items():
+        name = name.replace("encoder.layers.", "blocks.").replace("layer_norm", "norm")
+        name = name.replace("self_attn.projection", "attn.proj").replace("self_attn", "attn")
+        name = name.replace("embeddings.class_embedding", "cls_token").replace("embeddings.position_embedding", "pos_embed")
+        name = name.replace("embeddings.patch_embedding", "patch_embed.proj").replace("post_layernorm", "norm")
+        if name.endswith("qkv.bias"):
+            tensors[name.replace("qkv.bias", "q_bias")], tensors[name.replace("qkv.bias", "v_bias")] = x[:12].clone(), x[24:].clone()
+        else:
+            tensors[name] = x
+    image, _ = official.inputs(12, 4, 60, 59, 22, (4, 4))
+    (OUTPUTS / "eva").mkdir(exist_ok=True)
+    torch.save({name: x.half() for name, x in tensors.items()}, OUTPUTS / "eva" / "eva_tiny.pth")
+    with torch.no_grad():
+        tokens = net(pixel_values=image, output_hidden_states=True).hidden_states[39]
+    np.savez_compressed(OUTPUTS / "eva" / "io.npz", in_images=image.numpy().transpose(0, 2, 3, 1), out_tokens=tokens.numpy())
+
+
+NEW = 7      # ids of a continuation
+
+
+def store_language() -> None:
+    """An OPT, a LLaMA and a T5 of odd sizes, in shards, with what they answer to padded ids and to embeddings in front of ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    nets = dict(
+        hf_opt=OPTForCausalLM(OPTConfig(vocab_size=96, hidden_size=24, word_embed_proj_dim=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40,
+                                        max_position_embeddings=30, bos_token_id=2, eos_token_id=2, pad_token_id=1)),
+        hf_llama=LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+                                              max_position_embeddings=30, rms_norm_eps=1e-2, rope_theta=1e3, tie_word_embeddings=False, **ends)),
+        hf_t5=T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=24, d_kv=6, num_layers=2, num_decoder_layers=2, num_heads=3, d_ff=40,
+                                                  layer_norm_epsilon=1e-2, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+                                                  eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)))
+    for seed, (name, net) in enumerate(nets.items(), 30):
+        net = official.draw(net, seed)
+        net.save_pretrained(OUTPUTS / name, max_shard_size="12KB")
+        (OUTPUTS / name / "generation_config.json").unlink(missing_ok=True)
+        rng = np.random.default_rng(seed)
+        ids, mask = rng.integers(3, 96, (3, 10)), np.arange(10) >= np.array([0, 3, 6])[:, None]
+        ids[~mask] = net.config.pad_token_id
+        prefix = rng.standard_normal((3, 4, 24)).astype(np.float32)
+        ids, mask, prefix = torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(prefix)
+        whole, seen = torch.cat([prefix, net.get_input_embeddings()(ids)], 1), torch.cat([torch.ones(3, 4, dtype=torch.bool), mask], 1)
+        options = dict(do_sample=False, num_beams=1, max_new_tokens=NEW, min_new_tokens=NEW)
+        io = dict(in_ids=ids, in_mask=mask, in_prefix=prefix)
+        with torch.no_grad():
+            if name == "hf_t5":
+                target = torch.from_numpy(np.concatenate([np.zeros((3, 1), np.int64), rng.integers(3, 96, (3, 11))], 1))
+                io["in_target"] = target
+                for key, given in (("", dict(input_ids=ids, attention_mask=mask.long())), ("prefix_", dict(inputs_embeds=whole, attention_mask=seen.long()))):
+                    out = net(**given, decoder_input_ids=target, output_hidden_states=True)
+                    io |= {f"out_{key}memory": out.encoder_last_hidden_state, f"out_{key}states": out.decoder_hidden_states[-1], f"out_{key}logits": out.logits}
+                    io[f"out_{key}greedy"] = net.generate(**given, **options)[:, 1:]
+                    io[f"out_{key}beam"] = net.generate(**given, **{**options, "num_beams": 3})[:, 1:]
+                offsets = torch.arange(-200, 201)
+                for direction in ("both", "causal"):
+                    buckets = net.encoder.block[0].layer[0].SelfAttention._relative_position_bucket(offsets, direction == "both", 32, 128)
+                    io[f"out_buckets_{direction}"] = buckets
+                net.config.dense_act_fn = "gelu"      # as BLIP-2 runs it
+                flipped = T5ForConditionalGeneration(T5Config(**{**net.config.to_dict(), "feed_forward_proj": "gated-gelu"}))
+                flipped.load_state_dict(net.state_dict())
+                for module in flipped.modules():
+                    if hasattr(module, "wi_0"):
+                        module.act = torch.nn.GELU()
+                io["out_exact_gelu_logits"] = flipped.eval()(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=target).logits
+            else:
+                places = (seen.long().cumsum(1) - 1).clamp(min=0)
+                for key, given in (("", dict(input_ids=ids, attention_mask=mask.long(), position_ids=places[:, 4:] - 4)),
+                                   ("prefix_", dict(inputs_embeds=whole, attention_mask=seen.long(), position_ids=places))):
+                    if name == "hf_opt":
+                        given.pop("position_ids")      # it counts by itself
+                    out = net(**given, output_hidden_states=True)
+                    io |= {f"out_{key}states": out.hidden_states[-1], f"out_{key}logits": out.logits}
+                    given.pop("position_ids", None)
+                    io[f"out_{key}greedy"] = net.generate(**given, **options)[:, -NEW:]
+                    io[f"out_{key}beam"] = net.generate(**given, **{**options, "num_beams": 3})[:, -NEW:]
+        np.savez_compressed(OUTPUTS / name / "io.npz", **{k: v.numpy().astype({torch.int64: np.int32}.get(v.dtype, v.numpy().dtype)) for k, v in io.items()})
 
 
 def mean_of_tokens(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -111,11 +202,11 @@ def exports() -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity.hugging_face", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("store", "exports", "sentences"))
+    parser.add_argument("what", choices=("store", "store_language", "exports", "sentences"))
     parser.add_argument("directory", nargs="?", default="")
     args = parser.parse_args()
-    if args.what == "store":
-        store()
+    if args.what.startswith("store"):
+        {"store": store, "store_language": store_language}[args.what]()
         return 0
     found = exports() if args.what == "exports" else {"sentences": sentences(args.directory)}
     for name, difference in found.items():

@@ -88,8 +88,8 @@ class Tokenizer:
 
     def _until_end(self, ids: Iterable[int]) -> list[int]:
         """The ids before the first end, without padding and begin. An id 0 that is also a token stays out of it."""
-        out = []
-        for i in (int(i) for i in ids):
+        out, ids = [], [int(i) for i in ids]
+        for i in ids[1:] if ids[:1] == [self.bos_id] else ids:      # OPT begins with what is also its end
             if i == self.eos_id:
                 break
             if i != self.bos_id:
@@ -263,7 +263,7 @@ class JsonTokenizer(Tokenizer):
     """A Hugging Face ``tokenizer.json`` (BERT's WordPiece, RoBERTa's BPE ...), read by the ``tokenizers`` library.
 
     Special ids are the first of the usual names that the vocabulary has; the file's post-processor
-    decides which are added to a text.
+    decides which are added to a text, and what it puts in front is the begin (OPT: "</s>").
     """
     kind = "json"
     NAMES = {"pad_id": ("[PAD]", "<pad>", "<|endoftext|>", "</s>", "<|end_of_text|>"),
@@ -282,6 +282,9 @@ class JsonTokenizer(Tokenizer):
         found = {field: next((vocabulary[n] for n in names if n in vocabulary), None)
                  for field, names in self.NAMES.items()}
         self.bos_id, self.eos_id, self.mask_id = found["bos_id"], found["eos_id"], found["mask_id"]
+        first = self._tokenizer.encode("a").tokens[:1]
+        if first and first[0] in self.NAMES["eos_id"]:
+            self.bos_id = vocabulary[first[0]]
         self.pad_id = found["pad_id"] if found["pad_id"] is not None else 0
 
     def encode(self, text: str) -> list[int]:

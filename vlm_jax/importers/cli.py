@@ -7,7 +7,7 @@ python -m vlm_jax.importers.cli --export=hf_clip --src=DIR --out=DIR2 [--push=hf
 An imported directory is what vlm_jax.load, vlm_jax.predict and a config's init= take:
 
     DIR/config.json      a stage config with the model's sizes
-       /checkpoints/     the weights, fp32
+       /checkpoints/     the weights, fp32 (or bf16, by --dtype)
        /tokenizer/       where the source, an installed package or --tokenizer gave one
        /import.json      release, every tensor's dtype and shape, what was ignored
        /provenance.json  source files with their SHA-256, licence (vlm_jax/provenance.py)
@@ -41,8 +41,12 @@ from vlm_jax.importers import (
     bert_tasks,
     blip,
     card,
+    eva,
     hf_bert,
     hf_clip,
+    hf_llama,
+    hf_opt,
+    hf_t5,
     hub,
     open_clip,
     open_clip_coca,
@@ -56,20 +60,22 @@ from vlm_jax.importers import (
 from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
-                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, vqkd.RELEASE, beit3.RELEASE)}
+                                blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
+                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, vqkd.RELEASE, beit3.RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
+DTYPES = ("float32", "bfloat16")
 
 
 class Floats(collections.abc.Mapping):
-    """The file's tensors as float32, read one at a time."""
+    """The file's tensors in one dtype, read one at a time."""
 
-    def __init__(self, tensors: Mapping[str, read.Tensor]):
-        self.tensors = tensors
+    def __init__(self, tensors: Mapping[str, read.Tensor], dtype: np.dtype):
+        self.tensors, self.dtype = tensors, dtype
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[name].read().astype(np.float32)
+        return self.tensors[name].read().astype(self.dtype)
 
     def __iter__(self):
         return iter(self.tensors)
@@ -79,11 +85,12 @@ class Floats(collections.abc.Mapping):
 
 
 def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints | None = None, tokenizer: str = "",
-                   licence: str = "", say=print) -> pathlib.Path:
+                   licence: str = "", say=print, dtype: str = "float32") -> pathlib.Path:
     """Imports a release's file or directory (or "hf:OWNER/NAME[@REVISION]") into the directory ``out``.
 
     ``release`` "" finds out from the config files of a hub snapshot. ``licence``: of the weights, where the source does not
-    state it. Raises ConfigError: nothing is written then.
+    state it. ``dtype``: of the stored weights, a name in ``DTYPES``; "bfloat16" halves what a large tower needs that is called
+    or frozen. Raises ConfigError: nothing is written then.
     """
     out, hints = pathlib.Path(out), hints or Hints()
     if out.exists() and any(out.iterdir()):
@@ -95,6 +102,8 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         path = pathlib.Path(src)
     if not path.exists():
         raise ConfigError(f"--src={src!r} does not exist")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype={dtype!r} is not known{nearest(dtype, DTYPES)}")
     folder = path if path.is_dir() else path.parent
     release = release or guess_release(folder)
     if release not in RELEASES:
@@ -128,12 +137,12 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving, **carry}.items()}
     tied = check_ties(layout.ties(shapes), tensors)
     held = {p: shape for p, shape in targets.items() if p not in layout.given}
-    leaves, ignored = weight_rules.import_leaves(table, layout.ignored, held, Floats({n: t for n, t in tensors.items() if n not in tied}), f"{release}: {src}")
+    leaves, ignored = weight_rules.import_leaves(table, layout.ignored, held, Floats({n: t for n, t in tensors.items() if n not in tied}, write.dtype_of(dtype)), f"{release}: {src}")
     leaves |= {p: np.full(targets[p], value, np.float32) for p, value in layout.given.items() if p in targets}
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},
-                        "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}})
+                        "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}}, lent=True)
     if found is not None:
         found.save(str(out / "tokenizer"))
     source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
@@ -165,7 +174,7 @@ def guess_release(folder: pathlib.Path) -> str:
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
     if model:
         return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
-    found = {"clip": "hf_clip", "blip": "hf_blip", "bert": "hf_bert"}.get(read_json(folder, "config.json").get("model_type"))
+    found = {"clip": "hf_clip", "blip": "hf_blip", "bert": "hf_bert", "opt": "hf_opt", "llama": "hf_llama", "t5": "hf_t5"}.get(read_json(folder, "config.json").get("model_type"))
     if found:
         return found
     raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")
@@ -267,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
+    parser.add_argument("--dtype", default="float32", help=f"import: of the stored weights, {' or '.join(DTYPES)}")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
     parser.add_argument("--licence", default="", help="import: of the weights, where the source does not state it; export: of what was trained here, "
                         "beside the licences of the weights taken over (an SPDX id or a name)")
@@ -287,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.push:
                 raise ConfigError("--push uploads an export; give --export as well")
             hints = Hints(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Hints)})
-            import_release(args.release, args.src, args.out, hints, args.tokenizer, args.licence)
+            import_release(args.release, args.src, args.out, hints, args.tokenizer, args.licence, dtype=args.dtype)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 43

@@ -17,7 +17,7 @@ from vlm_jax.importers import read
 from vlm_jax.importers.release import read_json
 
 DESCRIPTIONS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-                "special_tokens_map.json", "vocab.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz",
+                "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "bpe_simple_vocab_16e6.txt.gz",
                 "README.md")      # its metadata tells the licence
 WHOLE, INDEX = ".safetensors", ".safetensors.index.json"
 LOG_IN = "log in (hf auth login, or HF_TOKEN), with a token that may do this"

@@ -14,6 +14,7 @@ from vlm_jax.importers.release import read_json
 
 WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa")      # bert-base-uncased's
 XLMR = {"beit3": "beit3.spm"}      # releases whose ids are XLM-R's, of the SentencePiece model of that name; their tables are padded
+LANGUAGE = {"hf_opt": "", "hf_llama": "tokenizer.model", "hf_t5": "spiece.model"}      # language models, and their SentencePiece files
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
 
 
@@ -41,7 +42,8 @@ def find(release: str, folder: pathlib.Path, given: str, tokens: Mapping[str, in
         say(f"no tokenizer: {error}. Ids work; for strings import again with --tokenizer")
         return None
     own = len(set(tokens) - {"vocab", "bos", "eos", "pad", "mask"})     # ids after the tokenizer's, such as BLIP's [DEC] and [ENC]
-    fits = found.vocab_size + own == tokens["vocab"] or release in XLMR and found.mask_id == tokens["mask"]
+    fits = (found.vocab_size <= tokens["vocab"] if release in LANGUAGE else
+            found.vocab_size + own == tokens["vocab"] or release in XLMR and found.mask_id == tokens["mask"])
     why = misfit(found) or ("" if fits else f"has {found.vocab_size} ids, the model's table {tokens['vocab']}")
     if why:
         say(f"no tokenizer: {name} {why}. Ids work; for strings import again with --tokenizer")
@@ -60,6 +62,15 @@ def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
         if not (folder / XLMR[release]).is_file():
             raise FileNotFoundError(f"there is no {XLMR[release]} beside the file")
         return tokenizers.load(f"xlmr:{folder / XLMR[release]}"), XLMR[release]
+    if release in LANGUAGE:      # tables are longer than vocabularies
+        if (folder / "tokenizer.json").is_file():
+            return open_json(folder), "tokenizer.json"
+        if LANGUAGE[release] and (folder / LANGUAGE[release]).is_file():
+            return tokenizers.load(f"sentencepiece:{folder / LANGUAGE[release]}"), LANGUAGE[release]
+        if release == "hf_opt" and (folder / "vocab.json").is_file():
+            return open_opt_vocabulary(folder), "vocab.json"
+        other = LANGUAGE[release] or "vocab.json with merges.txt"
+        raise FileNotFoundError(f"there is no tokenizer.json or {other} beside the file")
     if release in WORD_PIECES:
         if (folder / "vocab.txt").is_file():
             return tokenizers.load(f"bert:{folder / 'vocab.txt'}"), "vocab.txt"
@@ -88,6 +99,16 @@ def open_vocabulary(folder: pathlib.Path) -> tokenizers.JsonTokenizer:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     return tokenizers.JsonTokenizer(tokenizers.clip_json(vocabulary, merges).encode())
+
+
+def open_opt_vocabulary(folder: pathlib.Path) -> tokenizers.JsonTokenizer:
+    """OPT's vocab.json and merges.txt: GPT-2's byte pairs, behind "</s>"."""
+    import tokenizers as library
+
+    pairs = library.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    pairs.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    pairs.post_processor = library.processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", pairs.token_to_id("</s>"))])
+    return tokenizers.JsonTokenizer(pairs.to_str().encode())
 
 
 def write(release: str, tokenizer: Any, length: int, folder: pathlib.Path, say: Callable[[str], None]) -> None:

@@ -41,6 +41,8 @@ VARIANTS = {
     "timm_l16": dict(_sizes(224, 16, 1024, 24, 16, 4096), patch_bias=True, norms_at=("output",), eps=1e-6, init_scheme="bert"),
     # BEiT v2's tokenizer (arXiv 2208.06366): BEiT's layout with absolute positions and without layer scale
     "beit_b16": dict(_sizes(224, 16, 768, 12, 12, 3072), patch_bias=True, key_bias=False, norms_at=("output",), eps=1e-6, init_scheme="beit"),
+    # EVA-CLIP ViT-g/14 (arXiv 2211.07636, Table 2) as BLIP-2 uses it: block 39 of 40 is the last, nothing is normed after it
+    "eva_g14": dict(_sizes(224, 14, 1408, 39, 16, 6144), patch_bias=True, key_bias=False, norms_at=(), eps=1e-6, init_scheme="bert"),
     # 36 tokens of a 48-pixel image: trains on a CPU in minutes (with stem "conv")
     "mini": _sizes(48, 8, 96, 3, 3, 288),
 }
@@ -55,7 +57,7 @@ class ViT(nn.Module):
 
     Fields:
       stem: "patch", or "conv" (overlapping convolutions; ``patch`` must then be a power of two).
-      patch_bias, key_bias: whether the patches' projection, and the keys', have a bias (BEiT's keys have none).
+      patch_bias: whether the patches' projection has a bias. key_bias: whether the keys' has one (``nn.attention.Attention``).
       norms_at: "input" (``input_norm`` before the blocks) and / or "output" (``output_norm`` after).
       positions: "learned" (for ``image_size`` only) or "sincos" (any size; zero for a class token).
       positions_at: "input", and "output" where they are to be added to the result again, so
@@ -113,8 +115,8 @@ class ViT(nn.Module):
                                              (count, self.width), jnp.float32)
         self.input_norm, self.output_norm = Norm(self.norm, self.eps), Norm(self.norm, self.eps)
         self.stack = Stack(self.layers, dict(
-            width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps,
-            qk_norm=self.qk_norm, key_bias=self.key_bias, init_scheme=self.init_scheme), self.remat, self.dtype, self.drop_path)
+            width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, activation=self.activation, norm=self.norm, eps=self.eps, key_bias=self.key_bias,
+            qk_norm=self.qk_norm, init_scheme=self.init_scheme), self.remat, self.dtype, self.drop_path)
         nn.share_scope(self, self.stack)  # parameters at blocks/..., not stack/blocks/...
 
     def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -86,17 +86,17 @@ class Drop(NamedTuple):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
-           drop: Drop | None = None) -> jax.Array:
+           drop: Drop | None = None, bias: jax.Array | None = None, scale: float | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v. q [b, q, h, d], k and v [b, k, h, d] -> [b, q, h, d].
 
-    ``causal`` "causal" lets query i see keys 0..i. ``drop`` needs the weights themselves, so that no fused kernel
-    is used with it. The kernel and the reason for it are logged
-    once for each distinct choice, to the logger ``vlm_jax.attention``.
+    ``causal`` "causal" lets query i see keys 0..i. ``bias`` [h, q, k] is added to the logits, ``scale`` stands for 1/sqrt(d).
+    With ``drop``, which needs the weights themselves, with a bias or a scale no fused kernel is used. The kernel and the reason
+    for it are logged once for each distinct choice, to the logger ``vlm_jax.attention``.
     """
     if causal not in CAUSAL:
         raise ValueError(f"causal={causal!r} is not known{nearest(causal, CAUSAL)}")
-    if drop is not None:
-        return attend_xla(q, k, v, mask, causal, drop)
+    if drop is not None or bias is not None or scale is not None:
+        return attend_xla(q, k, v, mask, causal, drop, bias, scale)
     backend = target()
     name, reason = choose(backend, q.dtype, q.shape[-1], q.shape[1], k.shape[1], mask is not None,
                           cuda_capability() if backend == "gpu" else None)
@@ -109,18 +109,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
 
 def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
-               drop: Drop | None = None) -> jax.Array:
+               drop: Drop | None = None, bias: jax.Array | None = None, scale: float | None = None) -> jax.Array:
     """The reference: plain matrix products around an fp32 softmax. Shapes as ``attend``."""
-    weights = attention_weights(q, k, mask, causal)
+    weights = attention_weights(q, k, mask, causal, bias, scale)
     if drop is not None:
         weights = jnp.where(jax.random.bernoulli(drop.key, 1 - drop.rate, weights.shape), weights / (1 - drop.rate), 0)
     return weigh(weights, v)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None, causal: str = "none", bias: jax.Array | None = None) -> jax.Array:
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None, causal: str = "none", bias: jax.Array | None = None,
+                      scale: float | None = None) -> jax.Array:
     """q [b, q, h, d], k [b, k, h, d], bias [h, q, k] that logits get -> fp32 [b, h, q, k], rows of sum 1 (0 for a row without any key)."""
     q, k = (x.transpose(0, 2, 1, 3) for x in (q, k))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q * (q.shape[-1] ** -0.5 if scale is None else scale), k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if causal == "causal":
@@ -220,8 +221,9 @@ class Attention(nn.Module):
       width: of the queries' input. kv_width: of the keys' input, if it differs.
       head_dim: default width / heads. out_width: default width.
       init_scheme, depth: see ``nn.initializers``.
-      key_bias: whether keys have a bias where the other maps do (BEiT's have none).
       dropout: of the attention weights, where a stream of random keys "dropout" is given.
+      key_bias: whether ``key`` has a bias where the others have one; softmax cancels it (EVA has none).
+      scale: what logits are multiplied by, None for 1/sqrt(head_dim) (T5: 1).
     """
     width: int
     heads: int
@@ -229,12 +231,13 @@ class Attention(nn.Module):
     kv_width: int | None = None
     out_width: int | None = None
     use_bias: bool = True
+    key_bias: bool = True
+    scale: float | None = None
     qk_norm: str = "none"
     causal: str = "none"
     init_scheme: str = "torch"
     depth: int = 1
     dropout: float = 0.0
-    key_bias: bool = True
     dtype: Any = jnp.float32
 
     def drop(self) -> Drop | None:
@@ -264,8 +267,8 @@ class Attention(nn.Module):
                                    (self.heads,), jnp.float32)
 
     def __call__(self, x: jax.Array, memory: jax.Array | None = None, mask: jax.Array | None = None,
-                 cache: dict[str, jax.Array] | None = None, index: jax.Array | None = None
-                 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+                 cache: dict[str, jax.Array] | None = None, index: jax.Array | None = None,
+                 rotary: Rotary | None = None, bias: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """x [b, q, width] -> ([b, q, out_width], cache).
 
         Args:
@@ -276,22 +279,26 @@ class Attention(nn.Module):
             themselves (``causal``) or up to x's last token. See ``attend_cached`` for memory.
           index: int32 scalar or [b], position of x's first token. Writing beyond the cache's
             length is the caller's error: a scalar index is clamped, a vector's tokens are dropped.
+          rotary: how far self-attention's queries and keys are turned, of x's tokens (``rotary_angles``); the cache holds turned keys.
+          bias: [h, q, k] of relative positions, which logits get.
         """
         if memory is not None:
             q, (k, v) = self.project_query(x), self.project_memory(memory)
-            return self.merge(attend(q, k, v, mask, self.causal, self.drop())), cache
+            return self.merge(attend(q, k, v, mask, self.causal, self.drop(), bias, self.scale)), cache
         q, k, v = self.project_self(x)
+        if rotary is not None:
+            q, k = turn(q, rotary), turn(k, rotary)
         if cache is None:
-            return self.merge(attend(q, k, v, mask, self.causal, self.drop())), None
+            return self.merge(attend(q, k, v, mask, self.causal, self.drop(), bias, self.scale)), None
         cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
         positions = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])  # [b or 1, q]
         last = positions if self.causal == "causal" else jnp.broadcast_to(positions[:, -1:], positions.shape)
         seen = (jnp.arange(cache["key"].shape[1]) <= last[..., None])[:, None]                    # [b or 1, 1, q, length]
-        return self.merge(attend(q, cache["key"], cache["value"], seen if mask is None else seen & mask)), cache
+        return self.merge(attend(q, cache["key"], cache["value"], seen if mask is None else seen & mask, bias=bias, scale=self.scale)), cache
 
     def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Attends to keys and values [b, k, h, d] that ``project_memory`` made earlier."""
-        return self.merge(attend(self.project_query(x), keys, values, mask, drop=self.drop()))
+        return self.merge(attend(self.project_query(x), keys, values, mask, drop=self.drop(), scale=self.scale))
 
     def project_query(self, x: jax.Array) -> jax.Array:
         """[b, q, width] -> [b, q, h, d]."""
@@ -326,12 +333,32 @@ def into_heads(x: jax.Array, maps: list[Map]) -> list[jax.Array]:
     of their own, so that heads may lie on different devices."""
     rows, kernel = x.reshape(-1, x.shape[-1]), jnp.stack([m.kernel for m in maps], 1)      # [in, n, h, d]
     y = jnp.einsum("ti,inhd->tnhd", rows, kernel)
-    if any(m.bias is not None for m in maps):
-        y = y + jnp.stack([jnp.zeros(m.kernel.shape[1:], y.dtype) if m.bias is None else m.bias for m in maps])
+    biases = [m.bias for m in maps]
+    if any(b is not None for b in biases):
+        y = y + jnp.stack([jnp.zeros(kernel.shape[2:], y.dtype) if b is None else b for b in biases])
     if any(m.adapter is not None for m in maps):
         y = y + jnp.stack([jnp.zeros_like(y[:, i]) if m.adapter is None else m.adapter(rows) for i, m in enumerate(maps)], 1)
     y = y.reshape(*x.shape[:2], *y.shape[1:])
     return [shard(y[:, :, i], "batch", "length", "act_heads", "none") for i in range(len(maps))]
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the angles by which pairs of channels are turned, fp32 [b, l, 1, head_dim/2]."""
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float = 1e4) -> Rotary:
+    """positions int [b, l] -> the turns of rotary positions (arXiv 2104.09864): angle i of head_dim/2 is position * theta^(-2i/head_dim)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def turn(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """x [b, l, h, d] turned; channel i of the first half pairs with channel i of the second (Hugging Face's layout, not Meta's)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin], -1).astype(x.dtype)
 
 
 def unit_rms(x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:

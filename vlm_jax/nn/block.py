@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import nearest
-from vlm_jax.nn.attention import Attention
+from vlm_jax.nn.attention import Attention, Rotary
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
 
-CROSS = ("none", "single", "double")
+CROSS = ("none", "single", "plain", "double")
 
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT = {
@@ -32,9 +32,11 @@ REMAT = {
 class Block(nn.Module):
     """Pre-norm block: x += attn(norm1 x); [x += cross(norm_cross x, norm_kv memory)]; x += mlp(norm2 x).
 
-    ``cross_layout``: "none"; "single", as above, one MLP a layer (CoCa's paper); "double", a whole block
-    followed by a whole cross block with its own MLP (open_clip's CoCa), whose members are
-    ``cross_norm1``, ``cross_norm_kv``, ``cross``, ``cross_norm2``, ``cross_mlp``.
+    ``cross_layout``: "none"; "single", as above, one MLP a layer (CoCa's paper); "plain", the same without ``norm_kv`` (T5);
+    "double", a whole block followed by a whole cross block with its own MLP (open_clip's CoCa), whose members are
+    ``cross_norm1``, ``cross_norm_kv``, ``cross``, ``cross_norm2``, ``cross_mlp``. ``gated``: see ``Mlp``; ``key_bias``, ``scale``: see
+    ``Attention``. ``dropout``: of what enters the residual stream, ``inner_dropout``: of attention weights and hidden units, both where a
+    stream of random keys "dropout" is given.
     """
     width: int
     heads: int
@@ -44,6 +46,11 @@ class Block(nn.Module):
     norm: str = "layernorm"
     eps: float = 1e-5
     use_bias: bool = True
+    key_bias: bool = True
+    gated: bool = False
+    scale: float | None = None
+    dropout: float = 0.0
+    inner_dropout: float = 0.0
     qk_norm: str = "none"
     causal: str = "none"
     cross_layout: str = "none"
@@ -51,22 +58,25 @@ class Block(nn.Module):
     init_scheme: str = "torch"
     depth: int = 1
     dtype: Any = jnp.float32
-    key_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
                  memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None,
-                 drop_path: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
+                 drop_path: jax.Array | None = None, rotary: Rotary | None = None, bias: jax.Array | None = None
+                 ) -> tuple[jax.Array, dict | None]:
         """x [b, l, width], memory [b, m, memory_width] -> (x, cache). Arguments as ``Stack``, for one layer."""
         if self.cross_layout not in CROSS:
             raise ValueError(f"cross_layout={self.cross_layout!r} is not known{nearest(self.cross_layout, CROSS)}")
         norm = functools.partial(Norm, self.norm, self.eps)
-        mlp = functools.partial(Mlp, self.mlp_dim, self.activation, self.use_bias, self.init_scheme, self.depth, self.dtype)
-        attention = functools.partial(Attention, self.width, self.heads, self.head_dim, use_bias=self.use_bias, qk_norm=self.qk_norm,
-                                      init_scheme=self.init_scheme, depth=self.depth, key_bias=self.key_bias, dtype=self.dtype)
+        mlp = functools.partial(Mlp, self.mlp_dim, self.activation, self.use_bias, self.init_scheme, self.depth, self.dtype,
+                                gated=self.gated, dropout=self.inner_dropout)
+        attention = functools.partial(Attention, self.width, self.heads, self.head_dim, use_bias=self.use_bias, key_bias=self.key_bias,
+                                      scale=self.scale, qk_norm=self.qk_norm,
+                                      init_scheme=self.init_scheme, depth=self.depth, dropout=self.inner_dropout, dtype=self.dtype)
         cache = None if cache is None else dict(cache)
 
         def added(x, y, name):
+            y = nn.Dropout(self.dropout)(y, deterministic=not self.has_rng("dropout"))
             if drop_path is not None and self.has_rng("dropout"):
                 kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
                 y = jnp.where(kept, y / (1 - drop_path).astype(y.dtype), 0)
@@ -74,7 +84,7 @@ class Block(nn.Module):
 
         def self_attention(x):
             own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
-            y, own = attention(causal=self.causal, name="attn")(norm(name="norm1")(x), mask=mask, cache=own, index=index)
+            y, own = attention(causal=self.causal, name="attn")(norm(name="norm1")(x), mask=mask, cache=own, index=index, rotary=rotary, bias=bias)
             if cache is not None:
                 cache.update(own)
             return added(x, y, "attn_out")
@@ -96,8 +106,8 @@ class Block(nn.Module):
             return added(x, mlp(norm_x(x)), "mlp_out")
 
         x = self_attention(shard(x.astype(self.dtype), "batch", "length", "act_embed"))
-        if self.cross_layout == "single":
-            x = cross_attention(x, norm(name="norm_cross"), norm(name="norm_kv"))
+        if self.cross_layout in ("single", "plain"):
+            x = cross_attention(x, norm(name="norm_cross"), norm(name="norm_kv") if self.cross_layout == "single" else lambda memory: memory)
         x = feed_forward(x, norm(name="norm2"), mlp(name="mlp"))
         if self.cross_layout == "double":
             x = cross_attention(x, norm(name="cross_norm1"), norm(name="cross_norm_kv"))
@@ -123,13 +133,13 @@ class Stack(nn.Module):
             raise ValueError(f"remat={self.remat!r} is not a policy{nearest(self.remat, tuple(REMAT))}")
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.layers,
-                          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0), out_axes=0,
+                          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast), out_axes=0,
                           metadata_params={nn.PARTITION_NAME: "layers"})
         self.blocks = scanned(depth=self.layers, dtype=self.dtype, **self.block)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
-                 memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None
-                 ) -> tuple[jax.Array, dict | None]:
+                 memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None,
+                 rotary: Rotary | None = None, bias: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
         """x [b, l, width] -> (x, cache).
 
         Args:
@@ -137,9 +147,10 @@ class Stack(nn.Module):
           memory, memory_mask: [b, m, memory_width] and [b, h, l, m] for cross-attention. With a
             cache, memory is needed once, at prefill.
           cache, index: from ``init_cache``, and the position (int32 scalar or [b]) of x's first token.
+          rotary, bias: of self-attention, the same in all layers; see ``Attention``.
         """
         rates = jnp.linspace(0, self.drop_path, self.layers) if self.drop_path else None
-        return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index, rates)
+        return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index, rates, rotary, bias)
 
 
 ROLES = ("encoder", "decoder")

@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 KERNEL, A, B, SCALE = "kernel", "lora_a", "lora_b", "lora_scale"
-TARGETS = (r".*/(query|key|value|out|up|down)/kernel",)
+TARGETS = (r".*/(query|key|value|out|gate|up|down)/kernel",)
 
 
 class LowRank(NamedTuple):

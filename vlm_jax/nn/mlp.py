@@ -31,7 +31,9 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_tanh": lambda x: ja
 
 class Mlp(nn.Module):
     """x [b, l, d] -> [b, l, d] over ``hidden`` units; params up/{kernel,bias}, down/{kernel,bias}. ``sub_norm``: the eps of a LayerNorm
-    over the hidden units (Magneto, arXiv 2210.06423), 0 for none."""
+    over the hidden units (Magneto, arXiv 2210.06423), 0 for none. ``dropout``: of the hidden units, where a stream of random keys
+    "dropout" is given. ``gated``: down(activation(gate x) * up x), with params
+    gate/{kernel,bias} beside (GLU, arXiv 2002.05202)."""
     hidden: int
     activation: str = "gelu"
     use_bias: bool = True
@@ -39,17 +41,24 @@ class Mlp(nn.Module):
     depth: int = 1
     dtype: Any = jnp.float32
     sub_norm: float = 0.0
+    gated: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known{nearest(self.activation, tuple(ACTIVATIONS))}")
         width = x.shape[-1]
-        def linear(role, features, axes, fan_in):
+        def linear(role, features, axes, fan_in, name=None):
             return Linear(features, axes, self.use_bias, initializers.kernel(self.init_scheme, role, fan_in, features, self.depth),
-                          initializers.bias(self.init_scheme, role, fan_in), self.dtype, name=role)
+                          initializers.bias(self.init_scheme, role, fan_in), self.dtype, name=name or role)
 
         up, down = linear("up", self.hidden, ("embed", "mlp"), width), linear("down", width, ("mlp", "embed"), self.hidden)
         hidden = shard(up(x), "batch", *["length"] * (x.ndim - 2), "act_mlp")
-        hidden = ACTIVATIONS[self.activation](hidden)
+        if self.gated:
+            gate = shard(linear("up", self.hidden, ("embed", "mlp"), width, "gate")(x), "batch", *["length"] * (x.ndim - 2), "act_mlp")
+            hidden = ACTIVATIONS[self.activation](gate) * hidden
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.has_rng("dropout"))
         return down(Norm("layernorm", self.sub_norm, name="sub_norm")(hidden) if self.sub_norm else hidden)

@@ -1,11 +1,13 @@
-"""A tower alone: a ViT (arXiv 2010.11929) or a BERT (arXiv 1810.04805) as published, for other stages to start from.
+"""A tower alone: a ViT (arXiv 2010.11929), a BERT (arXiv 1810.04805) or a language model (OPT, LLaMA, T5) as published, for other
+stages to start from.
 
-Its leaves have the paths that a system of both towers gives them (``image/...``, ``text/...``, ``lm_head/...``), so that the rules
-of an ``init`` are short. It is called, not trained.
+Its leaves have the paths that a system of several towers gives them (``image/...``, ``text/...``, ``lm_head/...``, ``language/...``), so
+that the rules of an ``init`` are short. It is called, not trained.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +15,23 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import config as configs
+from vlm_jax.decode import generate as decode
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import bert, vit
+from vlm_jax.models import bert, t5, vit
+from vlm_jax.models.language import Language, continuation
+from vlm_jax.models.language import build as build_language
 from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.system import Batch, System, Variables, run
 
+PAPERS = {"opt": ("2205.01068",), "llama": ("2302.13971",), "t5": ("1910.10683", "2210.11416")}
+
 
 class SingleTower(nn.Module):
-    """image: a ViT, or text: a BERT, with the head of masked modelling where ``with_lm_head``."""
+    """image: a ViT, or text: a BERT, with the head of masked modelling where ``with_lm_head``, or language: a language model."""
     image: vit.ViT | None
     text: bert.Bert | None
+    language: Language | None = None
     with_lm_head: bool = False
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -48,19 +56,24 @@ class SingleTower(nn.Module):
     def __call__(self, image: jax.Array, ids: jax.Array):
         if self.image is not None:
             return self.encode_image(image)
+        if self.language is not None:
+            x = self.language.embed(ids)
+            return self.language.logits(self.language(x, None, x) if isinstance(self.language, t5.T5) else self.language(x))
         states = self.encode_text(ids, jnp.ones(ids.shape, bool))
         return self.lm_head(states) if self.with_lm_head else states
 
 
 def build_model(*, size: int, image: dict | None = None, text: dict | None = None, tokens: dict | None = None, lm_head: bool = False,
-                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), dtype: str = "auto") -> SingleTower:
-    """The module of a config's ``model`` section: it has ``image``, or ``text`` and ``tokens``."""
-    if (image is None) == (text is None):
-        raise ConfigError("model: a tower alone is either image or text")
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), dtype: str = "auto", language: dict | None = None) -> SingleTower:
+    """The module of a config's ``model`` section: it has ``image``, or ``tokens`` and ``text`` or ``language``."""
+    if sum(section is not None for section in (image, text, language)) != 1:
+        raise ConfigError("model: a tower alone is either image or text or language")
     dtype = compute_dtype(dtype)
+    if language is not None:
+        return SingleTower(None, None, build_language(vocab=tokens["vocab"], dtype=dtype, **language), dtype=dtype)
     if image is not None:
         return SingleTower(vit.ViT(**sizes(vit.VARIANTS, image_size=size, dtype=dtype, **image)), None, mean=tuple(mean), std=tuple(std), dtype=dtype)
-    return SingleTower(None, bert.Bert(**sizes(bert.VARIANTS, vocab=tokens["vocab"], dtype=dtype, **text)), lm_head, dtype=dtype)
+    return SingleTower(None, bert.Bert(**sizes(bert.VARIANTS, vocab=tokens["vocab"], dtype=dtype, **text)), with_lm_head=lm_head, dtype=dtype)
 
 
 def build(config: Any) -> System:
@@ -83,5 +96,48 @@ def build(config: Any) -> System:
         """logits fp32 [b, l, vocab] of every position of a (masked) text."""
         return {"logits": run(model, variables, SingleTower.predict_tokens, features(variables, batch)["text"]).astype(jnp.float32)}
 
+    if model.language is not None:
+        return System(model, init, loss, {name: functools.partial(fn, model) for name, fn in (("features", states), ("logits", logits))}
+                      | {"generate": functools.partial(generate, model, configs.to_plain(config.model.tokens))},
+                      papers=PAPERS[config.model.language["family"]])
     return System(model, init, loss, {"features": features, **({"mlm_logits": mlm_logits} if model.with_lm_head else {})},
                   papers=("2010.11929",) if model.image is not None else ("1810.04805",))
+
+
+def given(tower: Language, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(embeddings [b, p + l, width], mask bool [b, p + l]) of ``text``, behind the embeddings ``prefix`` [b, p, width] where there are some."""
+    x, mask = tower.embed(batch["text"]), batch["text_mask"].astype(bool)
+    if "prefix" in batch:
+        x, mask = jnp.concatenate([batch["prefix"].astype(x.dtype), x], 1), jnp.pad(mask, ((0, 0), (batch["prefix"].shape[1], 0)), constant_values=True)
+    return x, mask
+
+
+def states(model: SingleTower, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
+    """text [b, p + l, width], states of ``prefix`` and ``text`` (T5: the encoder's); padding may be on either side. T5 also has target
+    [b, t, width], the decoder's states of the ids ``target`` [b, t], where the batch has them; the first id is that of padding."""
+    def of(m):
+        x, mask = given(m.language, batch)
+        if not isinstance(m.language, t5.T5):
+            return {"text": m.language(x, mask)}
+        memory = m.language.encode(x, mask)
+        return {"text": memory} | ({"target": m.language.decode(m.language.embed(batch["target"]), memory, mask)} if "target" in batch else {})
+
+    return run(model, variables, of)
+
+
+def logits(model: SingleTower, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
+    """logits fp32 [b, p + l, vocab] of the id behind each; T5: [b, t, vocab], of ``target``."""
+    found = states(model, variables, batch)
+    return {"logits": run(model, variables, lambda m: m.language.logits(found["target" if isinstance(m.language, t5.T5) else "text"]))}
+
+
+def generate(model: SingleTower, tokens: dict, variables: Variables, batch: Batch, *, key=None, max_new: int = 32, min_new: int = 0, **options: Any
+             ) -> dict[str, jax.Array]:
+    """text int32 [b, l + max_new]: ``text``, which is padded on the left, and its continuation; T5: [b, 1 + max_new], the id of padding and what
+    the decoder writes. score [b]. ``options``: of ``vlm_jax.decode.generate``; lengths there count the ids of the result."""
+    x, mask = run(model, variables, lambda m: given(m.language, batch))
+    start = jnp.full((x.shape[0], 1), tokens["pad"], jnp.int32) if isinstance(model.language, t5.T5) else batch["text"].astype(jnp.int32)
+    length = start.shape[1] + max_new
+    prefill, extend = continuation(lambda fn: run(model, variables, lambda m: fn(m.language)), model.language.clone(parent=None), x, mask, length)
+    return decode(prefill, extend, start, max_length=length, min_length=start.shape[1] + min_new, key=key, eos_ids=tokens["eos"], pad_id=tokens["pad"],
+                  batch_axis=model.language.CACHE_AXES, **options)

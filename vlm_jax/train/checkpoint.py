@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 # every shape is compiled at the first save, and run at each.
 SMALLEST_PART = 2**20   # bytes
 WRITERS = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),     # ``_storable`` has copied
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_PART)))
 log = logging.getLogger("vlm_jax.checkpoint")
 
@@ -77,11 +77,11 @@ def _describe(leaf: Any) -> dict[str, Any]:
     return described
 
 
-def _storable(path: str, leaf: Any) -> Any:
-    """What Orbax is handed for a leaf; host arrays are copied, since the caller may go on writing in them."""
+def _storable(path: str, leaf: Any, lent: bool = False) -> Any:
+    """What Orbax is handed for a leaf; host arrays are copied, since the caller may go on writing in them, unless they are lent."""
     if isinstance(leaf, jax.Array):
         return leaf
-    array = np.array(leaf)
+    array = np.asarray(leaf) if lent else np.array(leaf)
     if array.dtype.kind in "OUSV" and not jnp.issubdtype(array.dtype, np.number):
         raise TypeError(f"checkpoint leaf {path!r} is {type(leaf).__name__} {leaf!r:.60}, not an array; "
                         f"put it into `extra`")
@@ -335,10 +335,11 @@ class Checkpointer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, extra: Any = None) -> None:
+    def save(self, step: int, state: Any, extra: Any = None, lent: bool = False) -> None:
         """Starts saving a pytree of arrays, scalars and random keys; ``extra`` is anything JSON can hold.
 
-        Returns when all leaves are copied, so that the caller may donate or overwrite them. Waits for the
+        Returns when all leaves are copied, so that the caller may donate or overwrite them; host arrays that are ``lent`` are not copied,
+        and must stay as they are until ``wait``: half the memory for what fills it. Waits for the
         save before this one and raises what went wrong in it. Steps must grow: ValueError when a good
         checkpoint of this step or a newer one exists. What a dead run left unfinished is removed.
         """
@@ -347,7 +348,7 @@ class Checkpointer:
             self.latest_good()
         if step <= max(self._good, default=-1):
             raise ValueError(f"step {step} is not newer than the good checkpoint {self.directory}/{max(self._good)}")
-        flat = {path: _storable(path, leaf) for path, leaf in flatten(state).items()}
+        flat = {path: _storable(path, leaf, lent) for path, leaf in flatten(state).items()}
         content = {"format": FORMAT, "step": int(step), "leaves": {p: _describe(x) for p, x in flat.items()},
                    "extra": json.loads(json.dumps(extra))}
         arrays = {path: jax.random.key_data(x) if _is_key(x.dtype) else x for path, x in flat.items() if x.size}
