@@ -186,7 +186,7 @@ class Mome(nn.Module):
             raise ValueError(f"fused={self.fused} must lie between 1 and {self.layers - 1}, one less than layers={self.layers}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: {max(1, round(self.image_size / self.patch)) * self.patch}")
-        absolute, self.with_text = self.positions == "absolute", "text" in self.experts
+        absolute = self.positions == "absolute"
         self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, self.with_mask, self.dtype)
         if self.with_text:
             self.text = TextEmbed(self.vocab, self.width, self.text_positions, absolute, self.drop_path, self.text_eps, self.dtype)
@@ -204,6 +204,10 @@ class Mome(nn.Module):
     @property
     def side(self) -> int:
         return self.image_size // self.patch
+
+    @property
+    def with_text(self) -> bool:
+        return "text" in self.experts
 
     def embed_image(self, image: jax.Array, row: int = IMAGE_TYPE, masked: jax.Array | None = None) -> jax.Array:
         """image [b, h, w, 3], normalised -> [b, n, width], with token type ``row``."""
