@@ -27,6 +27,7 @@ from vlm_jax.data.order import order_of
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.evals import vqa
 from vlm_jax.importers import hub
 from vlm_jax.nn import lora
 from vlm_jax.system import System
@@ -244,7 +245,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     """Checks every section and builds the system; compiles and allocates nothing.
 
     ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and
-    must agree with it elsewhere. Raises ConfigError.
+    must agree with it elsewhere; where a model lists ``answers`` or knows ``pieces`` of words, it gets their ids from it. Raises ConfigError.
     """
     stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
@@ -276,6 +277,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
             elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
                 raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
                                   f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
+    if tokenizer is not None and "model" in stage_config:
+        with stage_config.model.unlocked(), stage_config.model.ignore_type():
+            if stage_config.model.get("answers"):
+                stage_config.model.update(listed_answers(stage_config.model.answers, tokenizer, data, f"stages.{name}"))
+            if "pieces" in stage_config.model:
+                stage_config.model.pieces = tuple(tokenizer.continuing)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"
                           f"{nearest(stage_config.system, system_names())}")
@@ -285,6 +292,15 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
         return Stage(name, stage_config, data, tokenizer, system)
     adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
     return Stage(name, stage_config, data, tokenizer, configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters), adapters)
+
+
+def listed_answers(answers: str | tuple[str, ...], tokenizer: Any, data: Data, where: str) -> dict[str, Any]:
+    """``answers`` (texts, or a file with one a line) as texts, and ``answer_ids``, as the tokenizer writes them. Raises ConfigError."""
+    texts = tuple(vqa.read_candidates(answers))
+    longest = max(len(tokenizer.encode(text)) for text in texts)
+    if data.answers and longest > data.answer_length:
+        raise ConfigError(f"{where}.data.answer_length={data.answer_length} cuts answers of model.answers; nearest: {longest}")
+    return {"answers": texts, "answer_ids": tuple(map(tuple, tokenizer(texts, longest)[0].tolist()))}
 
 
 def make_optimizer(stage: Stage):
@@ -420,9 +436,9 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
         record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        positions = "image/(.*/)?position_embed"
-        if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
-            rules.append((positions, source, resize))
+        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
+            if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
+                rules.append((positions, source, how))
         adopted = adoption(stage, folder, rule)
         if adopted is None:
             rules.append((NO_ADAPTER, source, "copy"))

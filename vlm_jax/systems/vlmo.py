@@ -261,6 +261,8 @@ def build(config: Any) -> System:
     continues[list(config.model.get("pieces") or ())] = True
     if o["masking"] == "words" and not continues.any() and data.tokenizer:
         raise ConfigError(f"loss.masking='words', but tokenizer {data.tokenizer!r} has no pieces that go on with a word; nearest: 'tokens'")
+    if "vqa" in terms_wanted and not len(listed) and data.tokenizer:
+        raise ConfigError("model.answers is empty: questions are answered from a list; nearest: model.answers=FILE, with one answer a line")
     apply, branches = functools.partial(run, model), ("itc_vl" in model.heads) + 1
 
     def init(key, spec):
