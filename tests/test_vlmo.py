@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from tests.tiny import config
+from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
-from vlm_jax import weight_rules
+from vlm_jax.errors import ConfigError
 from vlm_jax.importers import cli, read
 from vlm_jax.importers import vlmo as layout
+from vlm_jax.losses.masked import mask_blocks, mask_words
+from vlm_jax.models.vlmo import relative_index
 from vlm_jax.nn.multiway import Layout, MultiwayBlock, one
 from vlm_jax.system import Context, run
-from vlm_jax.systems.vlmo import Vlmo
+from vlm_jax.systems.vlmo import Vlmo, colours, equal, soft_targets
 from vlm_jax.train.state import merge
 
 STORED = pathlib.Path(__file__).parent / "parity" / "official_outputs"
@@ -35,6 +39,7 @@ class Case:
         self.masked = {"masked_text": self.io["in_text_ids_mlm"].astype(np.int32), "masked_at": self.io["in_text_labels_mlm"] != -100}
         self.given = {"negative_image": self.io["in_neg_image_idx"].astype(np.int32), "negative_text": self.io["in_neg_text_idx"].astype(np.int32)}
         self.stage = self.resolved(lambda section: None)
+        self.call, self.plain = {name: jax.jit(fn) for name, fn in self.stage.system.predict.items()}, None
 
     def resolved(self, change):
         section = stages.ConfigDict(self.section.to_dict())
@@ -48,19 +53,24 @@ class Case:
 
     def answers(self, stage=None, variables=None, batch=None):
         """What the stored outputs are compared with."""
-        stage, variables, batch = stage or self.stage, variables or self.variables(), batch or self.batch
-        call = {name: jax.jit(fn) for name, fn in stage.system.predict.items()}
+        if stage is variables is batch is None and self.plain:
+            return self.plain
+        plain, stage = stage is variables is batch is None, stage or self.stage
+        variables, batch = variables or self.variables(), batch or self.batch
+        call = self.call if stage is self.stage else {name: jax.jit(fn) for name, fn in stage.system.predict.items()}      # compiled once
         states, embeds = call["states"](variables, batch), call["features"](variables, batch)
         model, length = stage.system.model, batch["text"].shape[1]
         rows, columns = np.divmod(np.arange(16), 4)
         pairs = call["match"](variables, {"image_features": embeds["image"][columns], "text_features": embeds["text"][rows], "text_mask": batch["text_mask"][rows]})
         out = {f"{side}_vl_cls_feats": run(model, variables, Vlmo.feature, states[f"{side}_vl"], f"{side}_vl") for side in ("image", "text")}
         uni = call["embed"](variables, batch)
-        return jax.device_get(out | {
+        found = jax.device_get(out | {
             "image_cls_feats": uni["image_embed"], "text_cls_feats": uni["text_embed"], "image_feats": states["image"], "image_vl_feats": states["image_vl"],
             "text_feats": states["text"], "text_vl_feats": states["text_vl"], "joint_text_feats": states["joint"][:, :length], "joint_image_feats": states["joint"][:, length:],
             "joint_cls_feats": states["pooled"], "itm_logits_all": pairs["match"].reshape(4, 4, 2),
             "mlm_logits": call["mlm_logits"](variables, {**batch, "text": self.masked["masked_text"]})["logits"]})
+        self.plain = found if plain else self.plain
+        return found
 
     def furthest(self, found):
         """name -> largest difference from the official output at real positions, in units of its tolerance (1e-4; logits 1e-3)."""
@@ -185,3 +195,287 @@ def test_exporting_an_import_gives_the_source_back_bit_for_bit(case, tmp_path):
         assert (tensor.dtype, tensor.shape, tensor.read().tobytes()) == (source[name].dtype, source[name].shape, source[name].read().tobytes()), name
     again = cli.import_release("vlmo", str(out), tmp_path / "again", say=lambda line: None)
     assert vlm_jax.load(again).config.model.trunk.to_dict() == case.section.model.trunk.to_dict()
+
+
+# ---- fine-tuned files
+
+def imported(name, folder, **hints):
+    out = cli.import_release("vlmo", str(STORED / name), folder, cli.Hints(**hints), say=lambda line: None)
+    section = stages.configs.from_json((out / "config.json").read_text())
+    section.data.batch = 4
+    return out, stages.resolve(section, "test"), stages.read_weights(out), dict(np.load(STORED / name / "io.npz"))
+
+
+def loss_of(stage, leaves, batch):
+    context = Context(jax.random.key(0), jnp.int32(0), train=False)
+    return float(jax.jit(lambda v, b: stage.system.loss(v, {}, b, context)[0])(merge({p: leaves[p] for p in stage.plan.shapes}, {}, {}), batch))
+
+
+def inputs(io):
+    return {"text": io["in_text_ids"].astype(np.int32), "text_mask": io["in_text_masks"].astype(bool)}
+
+
+def test_questions_are_answered_as_officially(tmp_path):
+    out, stage, leaves, io = imported("vlmo_vqa", tmp_path / "in")
+    batch = {**inputs(io), "image": io["in_images"].transpose(0, 2, 3, 1)}
+    model = vlm_jax.load(out)
+    found = model.predict["answer"](batch, k=3)
+    np.testing.assert_allclose(found["logits"], io["out_logits"], atol=1e-3)
+    np.testing.assert_array_equal(found["answer"], io["out_logits"].argmax(1))
+    np.testing.assert_allclose(loss_of(stage, leaves, batch | {"answer_target": io["in_target"]}), io["out_loss"], rtol=1e-5)
+    assert round_trip(out, "vlmo_vqa", tmp_path)
+
+
+def test_statements_about_two_images_are_judged_as_officially(tmp_path):
+    out, stage, leaves, io = imported("vlmo_nlvr2", tmp_path / "in")
+    images = io["in_images"].transpose(0, 1, 3, 4, 2)
+    batch = {**inputs(io), "images": images, "label": io["in_label"].astype(np.int32)}
+    predict = vlm_jax.load(out).predict["classify"]
+    np.testing.assert_allclose(predict(batch)["logits"], io["out_logits"], atol=1e-3)
+    assert np.abs(predict({**batch, "images": images[:, ::-1]})["logits"] - io["out_logits"]).max() > 0.05
+    np.testing.assert_allclose(loss_of(stage, leaves, batch), io["out_loss"], rtol=1e-5)
+    assert round_trip(out, "vlmo_nlvr2", tmp_path)
+
+
+def test_retrieval_trains_the_uni_branch_alone_as_officially(tmp_path):
+    out, stage, leaves, io = imported("vlmo_irtr", tmp_path / "in")
+    assert stage.system.model.heads == ("pooler", "itc")
+    batch = {**inputs(io), "image": io["in_images"].transpose(0, 2, 3, 1)}
+    found = vlm_jax.load(out).predict["embed"](batch)
+    np.testing.assert_allclose(found["logit_scale"] * found["image_embed"] @ found["text_embed"].T, io["out_sim_i2t"], atol=1e-3)
+    np.testing.assert_allclose(loss_of(stage, leaves, batch), io["out_loss"], rtol=1e-5)
+    assert round_trip(out, "vlmo_irtr", tmp_path)
+
+
+def test_texts_alone_are_read_as_officially(tmp_path):
+    out, stage, leaves, io = imported("vlmo_stage2", tmp_path / "in")
+    assert dict(stage.config.loss.weights) == {"textmlm": 1.0} and stage.system.model.trunk.experts == ("text", "image")
+    batch = {**inputs(io), "masked_text": io["in_text_ids_mlm"].astype(np.int32), "masked_at": io["in_text_labels_mlm"] != -100}
+    found = vlm_jax.load(out).predict["mlm_logits"]({"text": batch["masked_text"], "text_mask": batch["text_mask"]})["logits"]
+    np.testing.assert_allclose(found[batch["text_mask"]], io["out_logits"][batch["text_mask"]], atol=1e-3)
+    np.testing.assert_allclose(loss_of(stage, leaves, batch), io["out_loss"], rtol=1e-5)
+    assert round_trip(out, "vlmo_stage2", tmp_path)
+
+
+def round_trip(folder, name, tmp_path):
+    out = cli.export_release("vlmo", folder, tmp_path / "out", say=lambda line: None)
+    source, back = read.open_weights(STORED / name / "weights.safetensors"), read.open_weights(out)
+    return set(source) - set(back) <= {"text_embeddings.position_ids"} and set(back) <= set(source) and all(np.array_equal(back[n].read(), source[n].read()) for n in back)
+
+
+def test_another_resolution_has_the_official_bias_table(tmp_path):
+    """The pre-trained file, brought to the pixels of the tasks that the official code loaded it for; larger and smaller."""
+    for task, size in (("vlmo_vqa", 36), ("vlmo_nlvr2", 18)):
+        _, stage, leaves, _ = imported("vlmo_pretrain_base", tmp_path / task, size=size)
+        _, _, wanted, _ = imported(task, tmp_path / f"{task}_wanted")
+        assert stage.system.model.trunk.side == size // 6
+        for part in ("image", "class", "text"):
+            np.testing.assert_allclose(leaves[f"position_bias/{part}"], wanted[f"position_bias/{part}"], atol=1e-6, err_msg=f"{task} {part}")
+
+
+# ---- BEiT
+
+def test_beit_is_the_route_of_images(tmp_path):
+    io = dict(np.load(STORED / "beit" / "io.npz"))
+    image = io["images"].transpose(0, 2, 3, 1)
+    tuned = cli.import_release("beit", str(STORED / "beit" / "finetuned.pth"), tmp_path / "tuned", say=lambda line: None)
+    states = vlm_jax.load(tuned).predict["states"]({"image": image})["image"]
+    x = io["hidden"]      # a fine-tuned BEiT has no norm here: it starts fresh
+    np.testing.assert_allclose(states, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6), atol=1e-4)
+    first = cli.import_release("beit", str(STORED / "beit" / "pretrained.pth"), tmp_path / "first", say=lambda line: None)
+    model = vlm_jax.load(first)
+    embeds = run(model.stage.system.model, model.variables, Vlmo.embed_image, image, io["masked"])
+    states, = run(model.stage.system.model, model.variables, Vlmo.encode_image, embeds)
+    np.testing.assert_allclose(run(model.stage.system.model, model.variables, Vlmo.predict_codes, states), io["logits"], atol=1e-3)
+
+
+# ---- who computes what
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return Case("vlmo_pretrain_base", tmp_path_factory.mktemp("base") / "in")
+
+
+def idle(case, name, batch):
+    """The parameters that a state of predict "states" does not depend on."""
+    fn = case.stage.system.predict["states"]
+    grads = jax.jit(jax.grad(lambda params: jnp.square(fn(merge(params, {}, {}), batch)[name]).sum()))({p: case.leaves[p] for p in case.stage.plan.shapes})
+    return {p for p, g in grads.items() if not np.abs(g).max()}
+
+
+def test_each_route_has_its_experts(base):
+    image, text = {"image": base.batch["image"]}, {k: base.batch[k] for k in ("text", "text_mask")}
+    experts = {e: {p for p in base.leaves if f"/{e}/" in p and ("mlp/" in p or "norm2/" in p)} for e in ("image", "text", "vl")}
+    top = {e: {p for p in paths if p.startswith("blocks_vl/")} for e, paths in experts.items()}
+    embedded = {"image": {p for p in base.leaves if p.startswith("image/")}, "text": {p for p in base.leaves if p.startswith("text/")} - {"text/position_embed"}}
+    relative = {name: {f"position_bias/{name}"} for name in ("image", "class", "text")}
+    heads = {p for p in base.leaves if p.split("/")[0] in ("pooler", "lm_head", "lm_table", "itm_head", "image_head", "text_head", "image_vl_head", "text_vl_head", "logit_scale", "logit_vl_scale")}
+    never = heads | {"text/position_embed"}
+    assert idle(base, "text", text) == never | experts["image"] | experts["vl"] | embedded["image"] | relative["image"] | relative["class"]
+    assert idle(base, "image", image) == never | experts["text"] | experts["vl"] | embedded["text"] | relative["text"]
+    assert idle(base, "image_vl", image) == never | experts["text"] | top["image"] | embedded["text"] | relative["text"]
+    assert idle(base, "joint", base.batch) == never | top["text"] | top["image"]
+
+
+def test_what_is_in_the_padding_says_nothing(base):
+    changed = {**base.batch, "text": np.where(base.mask, base.batch["text"], 17)}
+    found, other = base.answers(), base.answers(batch=changed)
+    real = base.mask
+    for name in ("text_feats", "text_vl_feats", "joint_text_feats"):
+        np.testing.assert_allclose(found[name][real], other[name][real], atol=1e-6)
+    for name in ("joint_image_feats", "joint_cls_feats", "itm_logits_all", "text_cls_feats"):
+        np.testing.assert_allclose(found[name], other[name], atol=1e-5)
+    assert np.abs(found["text_feats"] - other["text_feats"])[~real].max() > 1e-2
+
+
+def test_relative_positions_are_numbered_as_officially(base):
+    index = relative_index(14, 40, 196)
+    assert index.shape == (237, 237) and set(np.unique(index)) == set(range(734)) | set(range(890, 967)) | {1123, 1124, 1125}
+    words = np.arange(1, 40)
+    np.testing.assert_array_equal(index[1:40, 1:40], 928 + words[None, :] - words[:, None])
+    assert (index[:40, 40:] == 732).all() and (index[40:, :40] == 733).all()
+    assert index[0, 1] == 1123 and index[1, 0] == 1124 and index[0, 0] == 1125 and index[40, 41] == 729 and index[41, 40] == 730 and index[40, 40] == 731
+    assert index[41, 42] == 13 * 27 + 12 and index[42, 41] == 13 * 27 + 14      # query - key: the opposite sign
+    np.testing.assert_array_equal(relative_index(4, 11, 15), base.io["out_index"])
+    with pytest.raises(ValueError, match="text of 30 ids exceeds reach=15 of the relative positions; nearest: 15"):
+        relative_index(4, 30, 15)
+
+
+# ---- masking, targets
+
+def test_words_are_masked_whole():
+    ids = jnp.asarray(np.random.default_rng(0).integers(10, 40, (600, 20)))
+    continues = (ids % 3 == 0) & (jnp.arange(20) > 1)
+    mask = jnp.broadcast_to(jnp.arange(20) < 16, ids.shape)
+    fixed = jnp.broadcast_to((jnp.arange(20) == 0) | (jnp.arange(20) == 15), ids.shape)
+    continues = continues & mask & ~fixed
+    hidden, chosen = map(np.asarray, jax.jit(lambda key: mask_words(key, ids, mask, fixed, continues, vocab=40, mask_id=4, share=0.25))(jax.random.key(0)))
+    assert not chosen[:, 0].any() and not chosen[:, 15:].any() and (hidden != np.asarray(ids))[~chosen].sum() == 0
+    goes_on = np.asarray(continues)[:, 1:]
+    assert (chosen[:, 1:] == chosen[:, :-1])[goes_on].all()      # pieces share their word's fate
+    counts = chosen.sum(1)
+    assert counts.max() <= 5 and abs(counts.mean() / 14 - 5 / 18) < 0.03      # 5 of 20 positions, of which 4 are padding and 2 are no words
+    assert abs((hidden == 4)[chosen].mean() - 0.8) < 0.04
+
+
+def test_blocks_hide_an_exact_share():
+    masked = np.asarray(jax.jit(lambda key: mask_blocks(key, 200, 6))(jax.random.key(0)))
+    assert (masked.sum(1) == 14).all()
+    grid = masked.reshape(200, 6, 6)
+    together = (grid[:, 1:] == grid[:, :-1]).mean()
+    scattered = np.random.default_rng(0).permuted(masked, axis=1).reshape(200, 6, 6)
+    assert together > 0.75 > (scattered[:, 1:] == scattered[:, :-1]).mean() + 0.15
+
+
+def test_colours_are_told_by_the_mean_of_a_patch():
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    image[:, :2, 2:] = (255, 0, 0)
+    image[:, 2:, :2] = (0, 40, 100)
+    wanted = [0, 7 * 64, 1 * 8 + 3, 0]
+    assert colours(jnp.asarray(image), 2, (0.5,) * 3, (0.5,) * 3).tolist() == [wanted]
+    assert colours((image / 255 - 0.5) / 0.5, 2, (0.5,) * 3, (0.5,) * 3).tolist() == [wanted]
+
+
+def test_answers_are_found_in_the_list_and_weighed():
+    listed = np.array([[1, 5, 2, 0], [1, 6, 7, 2], [1, 8, 2, 0]])
+    batch = {"answer": jnp.array([[[1, 8, 2], [1, 9, 2], [0, 0, 0]], [[1, 5, 2], [1, 8, 2], [0, 0, 0]]]), "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
+    np.testing.assert_allclose(soft_targets(listed, 0, batch), [[0, 0, 0.9], [1, 0, 0.3]], atol=1e-6)
+    assert equal(jnp.array([[1, 6, 7, 2, 0], [1, 8, 2, 0, 0], [1, 9, 2, 0, 0]]), listed, 0).argmax(1).tolist() == [1, 2, 0]
+
+
+# ---- stages
+
+def tiny(*names):
+    """The embedded preset with a trunk of width 16 and steps of a second."""
+    whole = config("vlmo")
+    for name in names or whole.stages:
+        stage = whole.stages[name]
+        with stage.unlocked():
+            stage.model.trunk.update(width=16, heads=2, layers=2, mlp_dim=32)
+            stage.evals, stage.steps, stage.optim = {}, 1, dict(name="adamw", lr=1e-2, weight_decay=0.1, clamps=(), ema=0.0, max_bad_steps=10)
+            stage.data.update(batch=8, prefetch=1)
+    return whole
+
+
+TEXT_STAGE = ("text_embeddings", "token_type_embeddings", "mlp_text", "norm2_text", "mlm_score", "relative_position_bias_table", "transformer.norm")
+
+
+def test_texts_alone_train_what_the_official_code_lets_learn(base):
+    for size, section in (("", tiny("language").stages.language), ("base", config("vlmo", "base").stages.language), ("base_plus", config("vlmo", "base_plus").stages.language)):
+        section.data.tokenizer = section.data.tokenizer if not size else ""
+        stage = stages.resolve(section, "language")
+        table = layout.rules(stage.config.to_dict(), {})
+        learns = {p for p in stage.plan.shapes if any(part in weight_rules.first_match(table, p)[1] for part in TEXT_STAGE)}
+        unused = {"text/position_embed"} if size != "base_plus" else set()
+        assert stage.plan.trainable == learns - unused and len(learns) < len(stage.plan.shapes)
+
+
+def test_three_stages_in_one_command(tmp_path):
+    whole = tiny()
+    vlm_jax.train(whole, tmp_path)
+    vision, language, joint = (stages.read_weights(tmp_path / f"{i}_{name}") for i, name in enumerate(("vision", "language", "joint"), 1))
+    frozen = [p for p in vision if p in language and not p.startswith(("norm/", "position_bias/"))]
+    assert "blocks/attn/all/query/kernel" in frozen and "blocks_vl/mlp/image/up/kernel" in frozen
+    for path in frozen:
+        np.testing.assert_array_equal(language[path], vision[path], err_msg=path)
+    assert np.abs(language["norm/scale"] - vision["norm/scale"]).max() > 0
+    changed = {p for p in joint if p in language and not np.array_equal(joint[p], language[p])}
+    assert {p for p in language if p in joint} - changed == {"text/position_embed"}
+    assert {"blocks_vl/mlp/vl/up/kernel", "pooler/kernel", "image_vl_head/kernel"} <= set(joint) - set(language)
+
+
+def test_the_loss_is_the_same_on_any_number_of_devices():
+    section = tiny("joint").stages.joint
+    section.loss.weights.mlm = 0.0
+    stage = stages.resolve(section, "joint")
+    params, _, _ = stages.init.unbox(jax.jit(lambda key: stage.system.init(key, stage.spec))(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.integers(0, 256, (8, 48, 48, 3)).astype(np.uint8), "text": rng.integers(5, 100, (8, 12)).astype(np.int32), "text_mask": np.ones((8, 12), bool)}
+
+    def found(devices):
+        mesh = partitioning.make_mesh("dp", devices=jax.devices()[:devices])
+        with partitioning.use(mesh):
+            fn = jax.jit(lambda p, b: stage.system.loss(merge(p, {}, {}), {}, b, Context(jax.random.key(1), jnp.int32(0), train=False)))
+            return jax.device_get(fn(params, partitioning.place(batch, mesh)))
+    (one_loss, one_out), (loss, out) = found(1), found(2)
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+    assert one_out.metrics.keys() == out.metrics.keys()
+
+
+def test_ranks_weaken_the_features_and_not_the_scales(base):
+    grads = {}
+    for ranks in (1, 4):
+        stage = base.resolved(lambda s, n=ranks: s.loss.update(weights=dict(itm=0.0, mlm=0.0), ranks=n))
+        fn = jax.jit(jax.value_and_grad(lambda p, stage=stage: stage.system.loss(merge(p, {}, {}), {}, base.batch, Context(jax.random.key(0), jnp.int32(0), train=False))[0]))
+        grads[ranks] = fn({p: base.leaves[p] for p in stage.plan.shapes})
+    np.testing.assert_allclose(grads[4][0], grads[1][0], rtol=1e-6)
+    for path in ("image_head/kernel", "blocks/attn/all/query/kernel", "text_vl_head/kernel"):
+        np.testing.assert_allclose(grads[4][1][path] * 4, grads[1][1][path], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(grads[4][1]["logit_scale"], grads[1][1]["logit_scale"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("size, counts", [("base", (175_430_496, 202_445_470)), ("base_plus", (166_567_360, 184_980_734)), ("large", (561_544_448, 599_127_102))])
+def test_the_papers_sizes_have_the_papers_counts(size, counts):
+    section = config("vlmo", size).stages.joint
+    section.data.tokenizer = ""
+    plan = stages.resolve(section, "joint").plan
+    heads = ("pooler", "lm_", "itm_head", "image_head", "text_head", "image_vl_head", "text_vl_head", "logit")
+    assert (plan.count() - sum(plan.count(head) for head in heads), plan.count()) == counts
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("joint", lambda s: s.loss.update(negatives="hrad"), "loss.negatives='hrad' is not known; nearest: 'hard'"),
+    ("joint", lambda s: s.loss.update(masking="word"), "loss.masking='word' is not known; nearest: 'words'"),
+    ("joint", lambda s: s.model.update(heads=("pooler", "itc", "itc_vl", "mlm")), "loss.weights.itm needs the head 'itm'"),
+    ("joint", lambda s: s.data.update(microbatch=4), "data.microbatch=4: negatives are mined from the whole batch; nearest: 0"),
+    ("joint", lambda s: s.model.trunk.update(positions="relativ"), "positions='relativ' is not known; nearest: 'relative'"),
+    ("vision", lambda s: s.loss.update(targets="tokens"), "loss.targets='tokens' is not known; nearest: 'colours'"),
+    ("vqa", lambda s: s.model.update(answers=("yes", "the blue star")) or s.data.update(answer_length=3), "data.answer_length=3 cuts answers of model.answers"),
+    ("vqa", lambda s: s.model.update(answers=()), "model.classes=0 and model.answers says none"),
+    ("nlvr", lambda s: s.data.update(images=1), "data.images=1, but statements are about two images; nearest: data.images=2")])
+def test_wrong_sections_are_refused_by_name(name, change, message):
+    section = tiny(name).stages[name]
+    with section.unlocked(), section.ignore_type():
+        change(section)
+    with pytest.raises(ConfigError, match=message):
+        stages.resolve(section, name).plan.count()

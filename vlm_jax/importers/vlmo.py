@@ -9,10 +9,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.open_clip import heads as whole_heads
 from vlm_jax.importers.open_clip import linear, norm
 from vlm_jax.importers.release import Hints, Release, Shapes, count_layers, grid_of, read_json, shape_of
+from vlm_jax.models.sizes import sizes
 from vlm_jax.models.vlmo import VARIANTS
 from vlm_jax.weight_rules import Rule
 
@@ -46,7 +49,7 @@ def image_rules(source: str) -> tuple[Rule, ...]:
 
 
 def rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
-    trunk = sections["model"]["trunk"]
+    trunk = {"reach": 196, **sizes(VARIANTS, **sections["model"]["trunk"])}
     lower = trunk["layers"] - trunk["fused"]
     grid = (2 * (sections["data"]["size"] // trunk["patch"]) - 1) ** 2
     if TABLE in shapes:      # of another resolution, perhaps
@@ -116,7 +119,7 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
     fused = len(upper) or (layers - start if 0 < start < layers else known.get("fused", max(1, layers // 6)))
     if TABLE in shapes:
         side, reach = side_of(shapes, config, trunk["patch"], positions)
-        trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, shapes[TABLE][1] // layers, width), reach=reach)
+        trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, shapes[TABLE][1] // layers, width), positions="relative", reach=reach)
     else:
         side = grid_of(shape_of(shapes, "transformer.pos_embed")[1])
         trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, config.get("num_heads") or known.get("heads"), width), positions="absolute", reach=196)
@@ -138,7 +141,7 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
 
 def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> None:
     """config.json: what the tensors cannot tell, under the names of the official code."""
-    trunk, tokens = config.model.trunk, config.model.tokens
+    trunk, tokens = ConfigDict(sizes(VARIANTS, **config.model.trunk)), config.model.tokens
     ids = {theirs: tokens[ours] for ours, theirs in (("bos", "cls"), ("eos", "sep"), ("pad", "pad"), ("mask", "mask")) if ours in tokens}
     (folder / "config.json").write_text(json.dumps(dict(
         image_size=config.data.size, patch_size=trunk.get("patch", 16), embed_dim=trunk.width, depth=trunk.layers, num_heads=trunk.heads, vlffn_start_layer_index=trunk.layers - trunk.fused,
