@@ -22,7 +22,7 @@ VARIANTS = {
     "base_plus": dict(patch=16, width=544, layers=24, heads=16, mlp_dim=2176, fused=3, positions="absolute", layer_scale=0.0),
     "large": dict(patch=16, width=1024, layers=24, heads=16, mlp_dim=4096, fused=3),
     # 36 tokens of a 48-pixel image: trains on a CPU in minutes
-    "mini": dict(patch=8, width=96, layers=4, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0),
+    "mini": dict(patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0),
 }
 EXPERTS = (("image",), ("text", "image"), ("text", "image", "vl"))     # of the stages: vision, language, both
 POSITIONS = ("relative", "absolute")
