@@ -56,7 +56,8 @@ def stages(start):
         trunk=dict(experts=EXPERTS), model=dict(heads=JOINT_HEADS, pieces=()), loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=0.25)))
     yield "retrieval", (start["joint"],), dict(trunk=dict(experts=ALONE), model=dict(heads=("itc",)), loss=dict(weights=dict(itc=1.0)))
     yield "vqa", (("vqa_head/.*", "fresh", "copy"), start["joint"]), dict(
-        trunk=dict(experts=EXPERTS), model=dict(heads=("pooler", "vqa"), answers="", answer_ids=()), loss=dict(weights=dict(vqa=1.0)), data=dict(answers=10, answer_length=8))
+        trunk=dict(experts=EXPERTS), model=dict(heads=("pooler", "vqa"), answers="", answer_ids=()), loss=dict(weights=dict(vqa=1.0)),
+        data=dict(answers=10, answer_length=8))
     yield "nlvr", (("nlvr_head/.*", "fresh", "copy"), ("type_embed", f"{start['joint']}:", "grow_last"), start["joint"]), dict(
         trunk=dict(experts=EXPERTS, types=3), model=dict(heads=("pooler", "nlvr")), loss=dict(weights=dict(nlvr=1.0)), data=dict(images=2, classes=STATEMENT))
 
@@ -65,17 +66,18 @@ def scenes(name, init, trunk, model, loss, data=()):
     tasks = {"vqa": "/vqa", "nlvr": "/pairs"}
     model = dict(model, **(dict(answers=ANSWERS) if name == "vqa" else {}))
     tuned = name in ("retrieval", "vqa", "nlvr")
-    scored = dict(vision={}, language={}, vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(candidates=ANSWERS, k=1))), nlvr=dict(classify=dict(kind="classify", examples=1000)),
-                  retrieval=dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first"))))
-    pairs = dict(retrieval=dict(kind="retrieval", examples=500, options=dict(captions="first")), matching=dict(kind="matching", examples=500))
+    found = dict(kind="retrieval", examples=500, options=dict(captions="first"))
+    scored = dict(joint=dict(retrieval=found, matching=dict(kind="matching", examples=500)), retrieval=dict(retrieval=found),
+                  vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(candidates=ANSWERS, k=1))), nlvr=dict(classify=dict(kind="classify", examples=1000)))
     return c.stage(
         system="vlmo", init=init, trainable=(trained(name, "relative"),), loss=loss,
         model=dict(trunk=dict(variant="mini", text_positions=32, **trunk), dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1), **model),
-        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.02 if tuned else 0.05, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01,
-                   schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0, clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
-        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48, microbatch=0, size=48, length=32, tokenizer="scenes",
-                  augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
-        evals=scored.get(name, pairs), steps={"vision": 200, "language": 200, "joint": 500}.get(name, 300), checkpoint=dict(every=500, keep=2))
+        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.02 if tuned else 0.05, muon_scale="width", b1=0.9, b2=0.98,
+                   momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
+                   clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
+        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48, microbatch=0, size=48,
+                  length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
+        evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 500}.get(name, 300), checkpoint=dict(every=500, keep=2))
 
 
 def trained(name, positions):
@@ -92,7 +94,8 @@ def paper(size, res):
     recipes = {"vision": (1.5e-3, 0.1, 2048, "800epochs", "10epochs", 224), "language": (2e-4, 0.1, 1024, 500_000 if size != "large" else 200_000, 2500, 224),
                "joint": (lr, 0.1, 1024, 200_000, 2500, 224), **tuned}
     positions = "absolute" if size == "base_plus" else "relative"
-    scored = dict(joint=dict(retrieval=dict(kind="retrieval", every=0)), retrieval=dict(retrieval=dict(kind="retrieval", every=0)), vqa=dict(vqa=dict(kind="vqa", every=0)),
+    found = dict(retrieval=dict(kind="retrieval", every=0))
+    scored = dict(joint=found, retrieval=found, vqa=dict(vqa=dict(kind="vqa", every=0)),
                   nlvr=dict(classify=dict(kind="classify", every="1epoch")))
 
     def build(name, init, trunk, model, loss, data=()):
@@ -109,10 +112,11 @@ def paper(size, res):
             system="vlmo", init=init, trainable=(trained(name, positions),), loss=loss,
             model=dict(trunk=dict(variant=size, text_positions=length, drop_path=drop, remat="full", **trunk), dtype="auto",
                        tokens=dict(vocab=30522, bos=101, eos=102, pad=0, mask=103), **model),
-            optim=dict(dict(name="adamw", lr=rate, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, decay_exclude=(NO_DECAY,), schedule="linear", warmup=warmup, clamps=(),
-                            ema=0.0, max_bad_steps=10), **own),
-            data=dict(train="", eval="", batch=batch, microbatch=0, size=res or pixels, length=length, tokenizer="bert", augment=AUGMENT, eval_augment="squash",
-                      threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01, **(dict(answer="json:answer") if name == "vqa" else {}), **dict(data)),
+            optim=dict(dict(name="adamw", lr=rate, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, decay_exclude=(NO_DECAY,), schedule="linear",
+                            warmup=warmup, clamps=(), ema=0.0, max_bad_steps=10), **own),
+            data=dict(train="", eval="", batch=batch, microbatch=0, size=res or pixels, length=length, tokenizer="bert", augment=AUGMENT,
+                      eval_augment="squash", threads=16, prefetch=4, block=64, window=1024, bad_budget=0.01,
+                      **(dict(answer="json:answer") if name == "vqa" else {}), **dict(data)),
             evals=scored.get(name, {}), steps=steps, checkpoint=dict(every=2000, keep=3))
 
     return build

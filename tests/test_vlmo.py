@@ -61,12 +61,14 @@ class Case:
         states, embeds = call["states"](variables, batch), call["features"](variables, batch)
         model, length = stage.system.model, batch["text"].shape[1]
         rows, columns = np.divmod(np.arange(16), 4)
-        pairs = call["match"](variables, {"image_features": embeds["image"][columns], "text_features": embeds["text"][rows], "text_mask": batch["text_mask"][rows]})
+        pairs = call["match"](variables, {"image_features": embeds["image"][columns], "text_features": embeds["text"][rows],
+                                          "text_mask": batch["text_mask"][rows]})
         out = {f"{side}_vl_cls_feats": run(model, variables, Vlmo.feature, states[f"{side}_vl"], f"{side}_vl") for side in ("image", "text")}
         uni = call["embed"](variables, batch)
         found = jax.device_get(out | {
             "image_cls_feats": uni["image_embed"], "text_cls_feats": uni["text_embed"], "image_feats": states["image"], "image_vl_feats": states["image_vl"],
-            "text_feats": states["text"], "text_vl_feats": states["text_vl"], "joint_text_feats": states["joint"][:, :length], "joint_image_feats": states["joint"][:, length:],
+            "text_feats": states["text"], "text_vl_feats": states["text_vl"],
+            "joint_text_feats": states["joint"][:, :length], "joint_image_feats": states["joint"][:, length:],
             "joint_cls_feats": states["pooled"], "itm_logits_all": pairs["match"].reshape(4, 4, 2),
             "mlm_logits": call["mlm_logits"](variables, {**batch, "text": self.masked["masked_text"]})["logits"]})
         self.plain = found if plain else self.plain
@@ -76,7 +78,8 @@ class Case:
         """name -> largest difference from the official output at real positions, in units of its tolerance (1e-4; logits 1e-3)."""
         def real(name, x):
             return x[self.mask] if "text_feats" in name or name in ("text_vl_feats", "mlm_logits") else x
-        return {name: float(np.abs(real(name, x) - real(name, self.io[f"out_{name}"])).max()) / (1e-3 if "logits" in name else 1e-4) for name, x in found.items()}
+        return {name: float(np.abs(real(name, x) - real(name, self.io[f"out_{name}"])).max()) / (1e-3 if "logits" in name else 1e-4)
+                for name, x in found.items()}
 
     def step(self, stage=None, batch=(), variables=None):
         """(loss, metrics, gradients by path)."""
@@ -127,8 +130,8 @@ def test_every_layer_is_the_official_one(case):
             block = MultiwayBlock(width=trunk.width, heads=trunk.heads, mlp_dim=trunk.mlp_dim, eps=trunk.eps, layer_scale=trunk.layer_scale, key_bias=False,
                                   experts=("text", "image", "vl")[:2 + (stack == "blocks_vl")])
             own = jax.tree.map(lambda p, j=j: p[j], params[stack])
-            x, _ = block.apply({"params": own}, x, below if i < n else above, None if mask is None else jnp.asarray(mask)[:, None, None], None if bias is None else bias[i],
-                               None, None, None)
+            x, _ = block.apply({"params": own}, x, below if i < n else above, None if mask is None else jnp.asarray(mask)[:, None, None],
+                               None if bias is None else bias[i], None, None, None)
             np.testing.assert_allclose(x[real], case.io[f"out_{route}_hidden_layers"][i][real], atol=2e-4, err_msg=f"{route} {i}")
 
 
@@ -260,7 +263,8 @@ def test_texts_alone_are_read_as_officially(tmp_path):
 def round_trip(folder, name, tmp_path):
     out = cli.export_release("vlmo", folder, tmp_path / "out", say=lambda line: None)
     source, back = read.open_weights(STORED / name / "weights.safetensors"), read.open_weights(out)
-    return set(source) - set(back) <= {"text_embeddings.position_ids"} and set(back) <= set(source) and all(np.array_equal(back[n].read(), source[n].read()) for n in back)
+    assert set(source) - set(back) <= {"text_embeddings.position_ids"} and set(back) <= set(source)
+    return all(np.array_equal(back[n].read(), source[n].read()) for n in back)
 
 
 def test_another_resolution_has_the_official_bias_table(tmp_path):
@@ -307,10 +311,10 @@ def test_each_route_has_its_experts(base):
     image, text = {"image": base.batch["image"]}, {k: base.batch[k] for k in ("text", "text_mask")}
     experts = {e: {p for p in base.leaves if f"/{e}/" in p and ("mlp/" in p or "norm2/" in p)} for e in ("image", "text", "vl")}
     top = {e: {p for p in paths if p.startswith("blocks_vl/")} for e, paths in experts.items()}
-    embedded = {"image": {p for p in base.leaves if p.startswith("image/")}, "text": {p for p in base.leaves if p.startswith("text/")} - {"text/position_embed"}}
+    embedded = {side: {p for p in base.leaves if p.startswith(f"{side}/")} - {"text/position_embed"} for side in ("image", "text")}
     relative = {name: {f"position_bias/{name}"} for name in ("image", "class", "text")}
-    heads = {p for p in base.leaves if p.split("/")[0] in ("pooler", "lm_head", "lm_table", "itm_head", "image_head", "text_head", "image_vl_head", "text_vl_head", "logit_scale", "logit_vl_scale")}
-    never = heads | {"text/position_embed"}
+    trunk = ("image/", "text/", "blocks", "norm/", "type_embed", "position_bias/")
+    never = {p for p in base.leaves if not p.startswith(trunk)} | {"text/position_embed"}
     assert idle(base, "text", text) == never | experts["image"] | experts["vl"] | embedded["image"] | relative["image"] | relative["class"]
     assert idle(base, "image", image) == never | experts["text"] | experts["vl"] | embedded["text"] | relative["text"]
     assert idle(base, "image_vl", image) == never | experts["text"] | top["image"] | embedded["text"] | relative["text"]
@@ -364,7 +368,7 @@ def test_blocks_hide_an_exact_share():
     grid = masked.reshape(200, 6, 6)
     together = (grid[:, 1:] == grid[:, :-1]).mean()
     scattered = np.random.default_rng(0).permuted(masked, axis=1).reshape(200, 6, 6)
-    assert together > 0.75 > (scattered[:, 1:] == scattered[:, :-1]).mean() + 0.15
+    assert together > 0.7 > (scattered[:, 1:] == scattered[:, :-1]).mean() + 0.1
 
 
 def test_colours_are_told_by_the_mean_of_a_patch():
@@ -378,7 +382,8 @@ def test_colours_are_told_by_the_mean_of_a_patch():
 
 def test_answers_are_found_in_the_list_and_weighed():
     listed = np.array([[1, 5, 2, 0], [1, 6, 7, 2], [1, 8, 2, 0]])
-    batch = {"answer": jnp.array([[[1, 8, 2], [1, 9, 2], [0, 0, 0]], [[1, 5, 2], [1, 8, 2], [0, 0, 0]]]), "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
+    batch = {"answer": jnp.array([[[1, 8, 2], [1, 9, 2], [0, 0, 0]], [[1, 5, 2], [1, 8, 2], [0, 0, 0]]]),
+             "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
     np.testing.assert_allclose(soft_targets(listed, 0, batch), [[0, 0, 0.9], [1, 0, 0.3]], atol=1e-6)
     assert equal(jnp.array([[1, 6, 7, 2, 0], [1, 8, 2, 0, 0], [1, 9, 2, 0, 0]]), listed, 0).argmax(1).tolist() == [1, 2, 0]
 
@@ -401,7 +406,8 @@ TEXT_STAGE = ("text_embeddings", "token_type_embeddings", "mlp_text", "norm2_tex
 
 
 def test_texts_alone_train_what_the_official_code_lets_learn(base):
-    for size, section in (("", tiny("language").stages.language), ("base", config("vlmo", "base").stages.language), ("base_plus", config("vlmo", "base_plus").stages.language)):
+    for size in ("", "base", "base_plus"):
+        section = config("vlmo", size).stages.language
         section.data.tokenizer = section.data.tokenizer if not size else ""
         stage = stages.resolve(section, "language")
         table = layout.rules(stage.config.to_dict(), {})
@@ -424,13 +430,24 @@ def test_three_stages_in_one_command(tmp_path):
     assert {"blocks_vl/mlp/vl/up/kernel", "pooler/kernel", "image_vl_head/kernel"} <= set(joint) - set(language)
 
 
+    for name, fresh in (("retrieval", ""), ("vqa", "vqa_head/"), ("nlvr", "nlvr_head/")):      # what follows starts from it, at another resolution
+        whole.stages[name].data.size = 56
+        stage = stages.open_stage(whole, tmp_path, name)
+        given = stages.init.take_over(stages.init_rules(whole, stage, tmp_path), stage.plan, lambda origin: stages.open_origin(whole, tmp_path, origin), "init")
+        assert {p for p in stage.plan.shapes if p not in given} == {p for p in stage.plan.shapes if fresh and p.startswith(fresh)}
+        assert given["position_bias/image"].shape[1] == 13 * 13 and np.isfinite(given["position_bias/image"]).all()
+        stages.make_optimizer(stage)
+    np.testing.assert_array_equal(given["type_embed"], joint["type_embed"][[0, 1, 1]])
+
+
 def test_the_loss_is_the_same_on_any_number_of_devices():
     section = tiny("joint").stages.joint
     section.loss.weights.mlm = 0.0
     stage = stages.resolve(section, "joint")
     params, _, _ = stages.init.unbox(jax.jit(lambda key: stage.system.init(key, stage.spec))(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (8, 48, 48, 3)).astype(np.uint8), "text": rng.integers(5, 100, (8, 12)).astype(np.int32), "text_mask": np.ones((8, 12), bool)}
+    batch = {"image": rng.integers(0, 256, (8, 48, 48, 3)).astype(np.uint8),
+             "text": rng.integers(5, 100, (8, 12)).astype(np.int32), "text_mask": np.ones((8, 12), bool)}
 
     def found(devices):
         mesh = partitioning.make_mesh("dp", devices=jax.devices()[:devices])
@@ -446,7 +463,8 @@ def test_ranks_weaken_the_features_and_not_the_scales(base):
     grads = {}
     for ranks in (1, 4):
         stage = base.resolved(lambda s, n=ranks: s.loss.update(weights=dict(itm=0.0, mlm=0.0), ranks=n))
-        fn = jax.jit(jax.value_and_grad(lambda p, stage=stage: stage.system.loss(merge(p, {}, {}), {}, base.batch, Context(jax.random.key(0), jnp.int32(0), train=False))[0]))
+        context = Context(jax.random.key(0), jnp.int32(0), train=False)
+        fn = jax.jit(jax.value_and_grad(lambda p, stage=stage, context=context: stage.system.loss(merge(p, {}, {}), {}, base.batch, context)[0]))
         grads[ranks] = fn({p: base.leaves[p] for p in stage.plan.shapes})
     np.testing.assert_allclose(grads[4][0], grads[1][0], rtol=1e-6)
     for path in ("image_head/kernel", "blocks/attn/all/query/kernel", "text_vl_head/kernel"):
@@ -454,7 +472,8 @@ def test_ranks_weaken_the_features_and_not_the_scales(base):
     np.testing.assert_allclose(grads[4][1]["logit_scale"], grads[1][1]["logit_scale"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("size, counts", [("base", (175_430_496, 202_445_470)), ("base_plus", (166_567_360, 184_980_734)), ("large", (561_544_448, 599_127_102))])
+@pytest.mark.parametrize("size, counts", [("base", (175_430_496, 202_445_470)), ("base_plus", (166_567_360, 184_980_734)),
+                                          ("large", (561_544_448, 599_127_102))])
 def test_the_papers_sizes_have_the_papers_counts(size, counts):
     section = config("vlmo", size).stages.joint
     section.data.tokenizer = ""

@@ -44,7 +44,8 @@ def trunk_rules(stack: str, source: str, first: int, experts: Mapping[str, str])
 
 def image_rules(source: str) -> tuple[Rule, ...]:
     return (("image/class_embed", f"{source}cls_token", "class_row"), ("image/mask_embed", f"{source}mask_token", "class_row"),
-            ("image/position_embed", f"{source}pos_embed", "batched_resize_positions_border"), ("image/patch_embed/projection/kernel", f"{source}patch_embed.proj.weight", "patches"),
+            ("image/position_embed", f"{source}pos_embed", "batched_resize_positions_border"),
+            ("image/patch_embed/projection/kernel", f"{source}patch_embed.proj.weight", "patches"),
             ("image/patch_embed/projection/bias", f"{source}patch_embed.proj.bias", "copy"), *norm("norm", f"{source}norm"))
 
 
@@ -58,14 +59,17 @@ def rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
     classifiers = [rule for ours, theirs in (("vqa_head", "vqa_classifier"), ("nlvr_head", "nlvr2_classifier"))
                    for rule in (*linear(f"{ours}/up", f"{theirs}.0"), *norm(f"{ours}/norm", f"{theirs}.1"), *linear(f"{ours}/down", f"{theirs}.3"))]
     projections = [(f"{side}{branch}_head/kernel", f"itc{branch}_{side}_proj.fc.weight", "dense") for side in ("image", "text") for branch in ("", "_vl")]
-    return (*image_rules("transformer."), *trunk_rules("blocks", "transformer.blocks", 0, experts), *trunk_rules("blocks_vl", "transformer.blocks", lower, experts),
-            ("position_bias/image", f"{TABLE}[0..{grid}]", "resize_relative_positions"), ("position_bias/class", f"{TABLE}[{grid}..{grid + 3}]", "relative_positions"),
+    return (*image_rules("transformer."), *trunk_rules("blocks", "transformer.blocks", 0, experts),
+            *trunk_rules("blocks_vl", "transformer.blocks", lower, experts),
+            ("position_bias/image", f"{TABLE}[0..{grid}]", "resize_relative_positions"),
+            ("position_bias/class", f"{TABLE}[{grid}..{grid + 3}]", "relative_positions"),
             ("position_bias/text", f"{TABLE}[{grid + 3}..]", "relative_positions"),
             ("text/token_embed/table", f"{text}.word_embeddings.weight", "copy"), ("text/position_embed", f"{text}.position_embeddings.weight", "copy"),
             ("text/type_embed", f"{text}.token_type_embeddings.weight", "copy"), *norm("text/embed_norm", f"{text}.LayerNorm"),
             ("type_embed", "token_type_embeddings.weight", "copy"), *linear("pooler", "pooler.dense"), *linear("itm_head", "itm_score.fc"), *projections,
-            *linear("lm_head/dense", "mlm_score.transform.dense"), *norm("lm_head/norm", "mlm_score.transform.LayerNorm"), ("lm_head/bias", "mlm_score.bias", "copy"),
-            ("lm_table", "mlm_score.decoder.weight", "copy"), *classifiers, ("logit_(vl_)?scale", r"\g<0>", "scalar"))
+            *linear("lm_head/dense", "mlm_score.transform.dense"), *norm("lm_head/norm", "mlm_score.transform.LayerNorm"),
+            ("lm_head/bias", "mlm_score.bias", "copy"), ("lm_table", "mlm_score.decoder.weight", "copy"), *classifiers,
+            ("logit_(vl_)?scale", r"\g<0>", "scalar"))
 
 
 def stated(folder: pathlib.Path) -> dict[str, Any]:
@@ -81,8 +85,8 @@ def published(width: int, layers: int) -> Mapping[str, Any]:
 def common(shapes: Shapes, prefix: str, mlp: str) -> dict[str, Any]:
     """Fields of the trunk that tensors tell."""
     width, _, patch, _ = shape_of(shapes, f"{prefix}patch_embed.proj.weight")
-    return dict(width=width, patch=patch, layers=count_layers(shapes, f"{prefix}blocks.{{layer}}.norm1.weight"), mlp_dim=shape_of(shapes, f"{prefix}blocks.0.{mlp}.fc1.weight")[0],
-                layer_scale=0.1 if f"{prefix}blocks.0.gamma_1" in shapes else 0.0)
+    return dict(width=width, patch=patch, layers=count_layers(shapes, f"{prefix}blocks.{{layer}}.norm1.weight"),
+                mlp_dim=shape_of(shapes, f"{prefix}blocks.0.{mlp}.fc1.weight")[0], layer_scale=0.1 if f"{prefix}blocks.0.gamma_1" in shapes else 0.0)
 
 
 def side_of(shapes: Shapes, config: Mapping[str, Any], patch: int, positions: int) -> tuple[int, int]:
@@ -92,22 +96,23 @@ def side_of(shapes: Shapes, config: Mapping[str, Any], patch: int, positions: in
     def fits(side, reach):
         return side > 0 and (2 * side - 1) ** 2 + 5 + 2 * reach == rows
 
-    reach = config.get("max_text_len_of_initckpt", 196)
     sides = [config["image_size"] // patch] if "image_size" in config else []
     sides += [grid_of(shapes[INDICES[0]][0])] if INDICES[0] in shapes else []
     for side in sides:
         reach = (rows - 5 - (2 * side - 1) ** 2) // 2
         if fits(side, reach):
             return side, reach
-    for reach in (reach, positions):
+    for reach in (config.get("max_text_len_of_initckpt", 196), positions):
         side = (round(max(0, rows - 5 - 2 * reach) ** 0.5) + 1) // 2
         if fits(side, reach):
             return side, reach
-    raise ConfigError(f"{TABLE} has {rows} rows, which fit no square image beside texts of 196 or {positions} ids; state image_size in a config.json beside the file")
+    raise ConfigError(f"{TABLE} has {rows} rows, which fit no square image beside texts of 196 or {positions} ids; "
+                      "state image_size in a config.json beside the file")
 
 
 def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, dict[str, Any]]:
-    """Sizes from the tensors; where they do not tell (heads without a bias table, the resolution of that table), a config.json beside them, a hint or the published sizes."""
+    """Sizes from the tensors; where they do not tell (heads without a bias table, the resolution of that table), from a config.json beside
+    them, a hint or the published sizes."""
     config, trunk = stated(folder), common(shapes, "transformer.", "mlp_imag")
     layers, width = trunk["layers"], trunk["width"]
     vocab, positions = shape_of(shapes, "text_embeddings.word_embeddings.weight")[0], shape_of(shapes, "text_embeddings.position_embeddings.weight")[0]
@@ -122,9 +127,11 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
         trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, shapes[TABLE][1] // layers, width), positions="relative", reach=reach)
     else:
         side = grid_of(shape_of(shapes, "transformer.pos_embed")[1])
-        trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, config.get("num_heads") or known.get("heads"), width), positions="absolute", reach=196)
+        trunk |= dict(heads=whole_heads("image_heads", hints.image_heads, config.get("num_heads") or known.get("heads"), width),
+                      positions="absolute", reach=196)
     heads = tuple(name for name, tensor in HEADS.items() if tensor in shapes)
-    trunk |= dict(fused=fused, text_positions=positions, types=shape_of(shapes, "token_type_embeddings.weight")[0], experts=("text", "image", *(["vl"] if upper else [])))
+    trunk |= dict(fused=fused, text_positions=positions, types=shape_of(shapes, "token_type_embeddings.weight")[0],
+                  experts=("text", "image", *(["vl"] if upper else [])))
     model = dict(trunk=trunk, heads=heads, tokens=dict(vocab=vocab, **{name: config.get("ids", {}).get(theirs, default) for name, theirs, default in (
         ("bos", "cls", 101), ("eos", "sep", 102), ("pad", "pad", 0), ("mask", "mask", 103))}))
     data = dict(size=side * trunk["patch"], length=positions, eval_augment="squash")
@@ -144,7 +151,8 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
     trunk, tokens = ConfigDict(sizes(VARIANTS, **config.model.trunk)), config.model.tokens
     ids = {theirs: tokens[ours] for ours, theirs in (("bos", "cls"), ("eos", "sep"), ("pad", "pad"), ("mask", "mask")) if ours in tokens}
     (folder / "config.json").write_text(json.dumps(dict(
-        image_size=config.data.size, patch_size=trunk.get("patch", 16), embed_dim=trunk.width, depth=trunk.layers, num_heads=trunk.heads, vlffn_start_layer_index=trunk.layers - trunk.fused,
+        image_size=config.data.size, patch_size=trunk.get("patch", 16), embed_dim=trunk.width, depth=trunk.layers, num_heads=trunk.heads,
+        vlffn_start_layer_index=trunk.layers - trunk.fused,
         max_text_len=trunk.get("text_positions", 40), max_text_len_of_initckpt=trunk.get("reach", 196), ids=ids), indent=1))
 
 
@@ -169,8 +177,8 @@ def describe_beit(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[st
         raise ConfigError("the file has both a table of absolute positions and one of relative ones, of which VLMo has one")
     trunk |= dict(fused=published(width, layers).get("fused", max(1, layers // 6)), experts=("image",))
     coded = {"codes": shape_of(shapes, "lm_head.weight")[0]} if "lm_head.weight" in shapes else {}
-    return dict(model=dict(trunk=trunk, heads=("mim",) if coded else (), **coded), data=dict(size=side * trunk["patch"], length=2, eval_augment="squash"), clamps=(),
-                loss=dict(weights={}))
+    return dict(model=dict(trunk=trunk, heads=("mim",) if coded else (), **coded),
+                data=dict(size=side * trunk["patch"], length=2, eval_augment="squash"), clamps=(), loss=dict(weights={}))
 
 
 def beit_rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
@@ -184,7 +192,8 @@ def beit_rules(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
             ("position_bias/class", f"{table}[{rows - 3}..]", "relative_positions"), *linear("mim_head", "lm_head"))
 
 
-RELEASE = Release("vlmo", "vlmo", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pt"), write_config, resize="resize_positions_border")
+RELEASE = Release("vlmo", "vlmo", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pt"), write_config,
+                  resize="resize_positions_border")
 # A fine-tuned BEiT has no norm at the end: it starts fresh.
-BEIT_RELEASE = Release("beit", "vlmo", describe_beit, beit_rules, BEIT_IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"), resize="resize_positions_border",
-                       given={"norm/scale": 1.0, "norm/bias": 0.0})
+BEIT_RELEASE = Release("beit", "vlmo", describe_beit, beit_rules, BEIT_IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"),
+                       resize="resize_positions_border", given={"norm/scale": 1.0, "norm/bias": 0.0})

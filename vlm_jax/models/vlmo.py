@@ -185,7 +185,8 @@ class Mome(nn.Module):
         if not 0 < self.fused < self.layers:
             raise ValueError(f"fused={self.fused} must lie between 1 and {self.layers - 1}, one less than layers={self.layers}")
         if self.image_size % self.patch:
-            raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: {max(1, round(self.image_size / self.patch)) * self.patch}")
+            raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: "
+                             f"{max(1, round(self.image_size / self.patch)) * self.patch}")
         absolute = self.positions == "absolute"
         self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, self.with_mask, self.dtype)
         if self.with_text:

@@ -30,7 +30,8 @@ from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
 HEADS = ("mim", "pooler", "mlm", "itm", "itc", "itc_vl", "vqa", "nlvr")
 NEEDS: Mapping[str, tuple[str, ...]] = {     # loss term -> the heads that it trains
-    "mim": ("mim",), "textmlm": ("mlm",), "itc": ("itc",), "itm": ("itc", "pooler", "itm"), "mlm": ("mlm",), "vqa": ("pooler", "vqa"), "nlvr": ("pooler", "nlvr")}
+    "mim": ("mim",), "textmlm": ("mlm",), "itc": ("itc",), "itm": ("itc", "pooler", "itm"), "mlm": ("mlm",),
+    "vqa": ("pooler", "vqa"), "nlvr": ("pooler", "nlvr")}
 MASKING = ("tokens", "words")
 BINS = 8      # of each colour
 
@@ -56,7 +57,8 @@ class ClassHead(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(0.02)
-        self.up, self.down = Linear(self.hidden, ("embed", "mlp"), True, init, dtype=self.dtype), Linear(self.classes, ("mlp", "joint"), True, init, dtype=self.dtype)
+        self.up = Linear(self.hidden, ("embed", "mlp"), True, init, dtype=self.dtype)
+        self.down = Linear(self.classes, ("mlp", "joint"), True, init, dtype=self.dtype)
         self.norm = Norm("layernorm", 1e-5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -189,8 +191,8 @@ class Vlmo(nn.Module):
         return out
 
 
-def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict | None = None, codes: int = 0, classes: int = 0, scale: float = 1 / 0.07, mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (), pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
+def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict | None = None, codes: int = 0, classes: int = 0, scale: float = 1 / 0.07,
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (), pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
     """The module of a config's ``model`` section.
 
     trunk: fields of ``models.vlmo.Mome``. codes: classes of masked patches. answers: what questions are answered with, texts or a file with
@@ -230,7 +232,8 @@ def build_loss(*, weights: dict, negatives: str = "hard", group: int = 0, ranks:
             raise ConfigError(f"loss.weights.{name} is not a term{nearest(name, NEEDS)}")
     if ranks < 1:
         raise ConfigError(f"loss.ranks={ranks} must be at least 1; nearest: 1")
-    return dict(weights=weights, negatives=negatives, group=group, ranks=ranks, masking=masking, mask_share=mask_share, targets=targets, block_share=block_share)
+    return dict(weights=weights, negatives=negatives, group=group, ranks=ranks, masking=masking, mask_share=mask_share,
+                targets=targets, block_share=block_share)
 
 
 def on_ranks(x: jax.Array, ranks: int) -> jax.Array:
@@ -428,8 +431,8 @@ def build(config: Any) -> System:
         if "candidates" in batch:
             if not len(listed):
                 if len(batch["candidates"]) != model.classes:
-                    raise ConfigError(f"{len(batch['candidates'])} candidates, but the model has {model.classes} answers and was not told which (model.answers); "
-                                      f"nearest: its own {model.classes}, in their order")
+                    raise ConfigError(f"{len(batch['candidates'])} candidates, but the model has {model.classes} answers and was not told which "
+                                      f"(model.answers); nearest: its own {model.classes}, in their order")
             else:
                 same = equal(batch["candidates"], listed, tokens["pad"])      # [c, answers]
                 scored = jnp.where(same.any(1), logits[:, same.argmax(1)], -jnp.inf)
