@@ -12,6 +12,7 @@ import vlm_jax
 from tests.tiny import config
 from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
+from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers import cli, read
 from vlm_jax.importers import vlmo as layout
@@ -360,6 +361,18 @@ def test_words_are_masked_whole():
     counts = chosen.sum(1)
     assert counts.max() <= 5 and abs(counts.mean() / 14 - 5 / 18) < 0.03      # 5 of 20 positions, of which 4 are padding and 2 are no words
     assert abs((hidden == 4)[chosen].mean() - 0.8) < 0.04
+
+
+def test_tokenizers_tell_which_pieces_go_on_with_a_word(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "##s", "##", "ed"]))
+    assert tokenizers.load(f"bert:{tmp_path / 'vocab.txt'}").continuing == [6, 7]
+    scenes = tokenizers.load("scenes")
+    assert {scenes.bos_id, scenes.eos_id, scenes.pad_id}.isdisjoint(scenes.continuing)
+    section = tiny("joint").stages.joint
+    section.loss.masking = "words"
+    with pytest.raises(ConfigError, match="loss.masking='words', but tokenizer 'clip' has no pieces"):
+        section.data.tokenizer = "clip"
+        stages.resolve(section, "joint", type("NoPieces", (), {**{k: getattr(scenes, k) for k in ("bos_id", "eos_id", "pad_id", "vocab_size")}, "continuing": []})())
 
 
 def test_blocks_hide_an_exact_share():
