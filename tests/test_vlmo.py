@@ -372,7 +372,8 @@ def test_tokenizers_tell_which_pieces_go_on_with_a_word(tmp_path):
     section.loss.masking = "words"
     with pytest.raises(ConfigError, match="loss.masking='words', but tokenizer 'clip' has no pieces"):
         section.data.tokenizer = "clip"
-        stages.resolve(section, "joint", type("NoPieces", (), {**{k: getattr(scenes, k) for k in ("bos_id", "eos_id", "pad_id", "vocab_size")}, "continuing": []})())
+        ids = {k: getattr(scenes, k) for k in ("bos_id", "eos_id", "pad_id", "vocab_size")}
+        stages.resolve(section, "joint", type("NoPieces", (), {**ids, "continuing": []})())
 
 
 def test_blocks_hide_an_exact_share():
