@@ -443,7 +443,7 @@ def test_answers_are_told_by_their_ids():
 
 def test_a_listed_answer_is_chosen_among_candidates():
     made, params, batch = tiny("vqa")
-    assert made.config.model.answer_ids[0] == tuple(made.tokenizer.encode("yes"))
+    assert [i for i in made.config.model.answer_ids[0] if i != made.tokenizer.pad_id] == made.tokenizer.encode("yes")
     leaves = {p: x + 0.3 * jax.random.normal(jax.random.key(5), x.shape) for p, x in params.items()}
     predict = stages.bind(made.system, merge(leaves, {}, {}), partitioning.make_mesh("dp", devices=jax.devices()[:1]))
     asked = {k: np.asarray(batch[k]) for k in ("image", "text", "text_mask")}

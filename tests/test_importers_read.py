@@ -150,7 +150,7 @@ def test_newer_pickle_protocol_and_memo(tmp_path):
     same(read.open_file(archive(tmp_path / "m.bin", body, {"0": x.tobytes()})), {"a": x, "b": x})
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("key", ["state_dict", "module", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
 def test_training_checkpoint(tmp_path, key, prefix):
     parts, expected = Parts(), {"visual.w": values(6), "logit_scale": values(1).reshape(())}

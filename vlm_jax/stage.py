@@ -244,8 +244,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     """Checks every section and builds the system; compiles and allocates nothing.
 
     ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and
-    must agree with it elsewhere; ``model.answers``, a list or the name of a file with one, is read, and their ids stand in
-    ``model.answer_ids``. Raises ConfigError.
+    must agree with it elsewhere; where a model lists ``answers`` or knows ``pieces`` of words, it gets their ids from it. Raises ConfigError.
     """
     stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
@@ -277,12 +276,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
             elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
                 raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
                                   f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
-    if tokenizer is not None and stage_config.model.get("answers"):
-        try:
-            stage_config.model.answers = tuple(vqa.read_candidates(stage_config.model.answers))
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("vqa candidates", f"stages.{name}.model.answers", 1)) from None
-        stage_config.model.answer_ids = tuple(tuple(tokenizer.encode(answer)) for answer in stage_config.model.answers)
+    if tokenizer is not None and "model" in stage_config:
+        with stage_config.model.unlocked(), stage_config.model.ignore_type():
+            if stage_config.model.get("answers"):
+                stage_config.model.update(listed_answers(stage_config.model.answers, tokenizer, data, f"stages.{name}"))
+            if "pieces" in stage_config.model:
+                stage_config.model.pieces = tuple(tokenizer.continuing)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"
                           f"{nearest(stage_config.system, system_names())}")
@@ -294,6 +293,18 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
         system = configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters)
     system = configs.call(narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
     return Stage(name, stage_config, data, tokenizer, system, adapters)
+
+
+def listed_answers(answers: str | tuple[str, ...], tokenizer: Any, data: Data, where: str) -> dict[str, Any]:
+    """``answers`` (texts, or a file with one a line) as texts, and ``answer_ids``, as the tokenizer writes them. Raises ConfigError."""
+    try:
+        texts = tuple(vqa.read_candidates(answers))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("vqa candidates", f"{where}.model.answers", 1)) from None
+    longest = max(len(tokenizer.encode(text)) for text in texts)
+    if data.answers and longest > data.answer_length:
+        raise ConfigError(f"{where}.data.answer_length={data.answer_length} cuts answers of model.answers; nearest: {longest}")
+    return {"answers": texts, "answer_ids": tuple(map(tuple, tokenizer(texts, longest)[0].tolist()))}
 
 
 def make_optimizer(stage: Stage):
@@ -434,9 +445,9 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
         record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        positions = "image/(.*/)?position_embed"
-        if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
-            rules.append((positions, source, resize))
+        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
+            if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
+                rules.append((positions, source, how))
         adopted = adoption(stage, folder, rule)
         if adopted is None:
             rules.append((NO_ADAPTER, source, "copy"))

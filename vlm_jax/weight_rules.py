@@ -4,7 +4,7 @@ A rule is ``(target, source, how)``: ``target`` a regex over whole target paths,
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
 first axis; "{layer+6}" counts from 6, "{layer*2+6}" by twos), a final "[1/3]" for the second of three equal parts of the source along its
-first axis (torch keeps query, key and value in one matrix), and in ``apply`` a final "[6..12]" for those rows of it: layers of a stack.
+first axis (torch keeps query, key and value in one matrix), and a final "[6..12]" for those rows of it: layers of a stack, parts of a table.
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
 rules forwards and backwards. Totals are checked: a rule that matches nothing, a target that nothing
@@ -83,6 +83,29 @@ def resize_sequence(table: np.ndarray, length: int) -> np.ndarray:
     return (table[low] * (1 - share) + table[high] * share).astype(table.dtype)
 
 
+def resize_relative(table: np.ndarray, length: int) -> np.ndarray:
+    """A table [..., (2w - 1)^2, heads] of biases by relative position on a grid of w x w, for one of ``length`` rows (BEiT, ``run_class_finetuning.py``).
+
+    The old positions are thought to lie at distances that grow geometrically from the middle, so that the outermost are those of the new
+    grid; a cubic spline goes through them. Raises ValueError where a number of rows is no odd square.
+    """
+    from scipy.interpolate import RectBivariateSpline
+
+    old, new = (round(count ** 0.5) for count in (table.shape[-2], length))
+    if old * old != table.shape[-2] or new * new != length or not old % 2 or not new % 2:
+        raise ValueError(f"a table of {table.shape[-2]} relative positions does not resize to {length}: both must be odd squares")
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        low, high = (low, ratio) if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2 else (ratio, high)
+    steps = np.cumsum(ratio ** np.arange(old // 2))
+    places, wanted = np.concatenate([-steps[::-1], [0], steps]), np.arange(new) - new // 2
+    grids = np.moveaxis(table.reshape(*table.shape[:-2], old, old, table.shape[-1]), -1, -3).reshape(-1, old, old)
+    found = np.stack([RectBivariateSpline(places, places, grid.astype(np.float32), s=0)(wanted, wanted) for grid in grids])
+    found = np.moveaxis(found.reshape(*table.shape[:-2], table.shape[-1], length), -2, -1)
+    return found.astype(table.dtype)
+
+
 # ---- transformations ---------------------------------------------------------------------------
 
 class How(NamedTuple):
@@ -105,6 +128,31 @@ def _grow(x, shape):
     if extra < 0:
         raise ValueError(f"a table of {x.shape[0]} rows does not shrink to {shape[0]}")
     return np.concatenate([x, np.repeat(x.mean(0, keepdims=True), extra, 0)])
+
+
+def _grow_last(x, shape):
+    """A larger table: new rows are copies of the last one."""
+    extra = shape[0] - x.shape[0]
+    if extra < 0:
+        raise ValueError(f"a table of {x.shape[0]} rows does not shrink to {shape[0]}")
+    return np.concatenate([x, np.repeat(x[-1:], extra, 0)])
+
+
+def _relative(x, shape):
+    """[rows, layers * heads], or [rows, heads] for all layers -> [layers, rows, heads]."""
+    if x.ndim == 2 and len(shape) == 3:
+        layers, _, heads = shape
+        x = np.repeat(x[None], layers, 0) if x.shape[1] == heads else _reshape(x, (len(x), layers, heads)).transpose(1, 0, 2)
+    return x
+
+
+def _relative_resized(x, shape):
+    x = _relative(x, shape)
+    return x if x.shape[-2] == shape[-2] else resize_relative(x, shape[-2])
+
+
+def _relative_back(x):
+    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
 
 def _patches_back(x):
@@ -136,6 +184,10 @@ HOW: Mapping[str, How] = {
     "resize_positions_border": How(_if_needed(lambda x, n: resize_grid(x, n, "border")), _same),
     "resize_text_positions": How(_if_needed(resize_sequence), _same),
     "grow": How(_grow, _same),
+    "grow_last": How(_grow_last, _same),
+    "first_rows": How(lambda x, shape: x[:shape[0]], _same),
+    "relative_positions": How(_relative, _relative_back),
+    "resize_relative_positions": How(_relative_resized, _relative_back),
 }
 
 
@@ -153,7 +205,7 @@ def _part(template: str) -> tuple[str, int, int]:
 
 def _names(template: str, shape: Sequence[int]) -> list[str]:
     """The source names of a template: one, or one for each layer of a stacked leaf of ``shape``."""
-    name = _part(template)[0]
+    name = ROWS.sub(r"\1", _part(template)[0])
     if not LAYER.search(name):
         return [name]
     return [LAYER.sub(lambda found, i=i: str(i * int(found[1] or 1) + int(found[2] or 0)), name) for i in range(shape[0])]
@@ -258,13 +310,13 @@ def export_leaves(rules: Sequence[Rule], leaves: Mapping[str, np.ndarray], where
         found = first_match(rules, path)
         if found is None:
             raise ConfigError(f"{where}: that layout has no place for {path}")
-        backward, (_, part, count) = _how(found[2], where).backward, _part(found[1])
+        backward, (_, part, count), rows = _how(found[2], where).backward, _part(found[1]), ROWS.fullmatch(found[1])
         leaf = np.asarray(leaf)
         for name, x in zip(_names(found[1], leaf.shape), leaf if LAYER.search(found[1]) else [leaf]):
-            parts.setdefault(name, {})[part] = backward(x)
-            counts[name] = count
+            parts.setdefault(name, {})[int(rows[2]) if rows else part] = backward(x)
+            counts[name] = 0 if rows else count      # rows go together in their order, however many parts there are
     for name, found in parts.items():
-        if len(found) != counts[name]:
+        if counts[name] and len(found) != counts[name]:
             raise ConfigError(f"{where}: {name} needs {counts[name]} parts, the model fills {len(found)} of them")
-    return {name: np.asarray(np.concatenate([found[i] for i in range(counts[name])]) if counts[name] > 1 else found[0], order="C")
+    return {name: np.asarray(np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else next(iter(found.values())), order="C")
             for name, found in parts.items()}

@@ -42,6 +42,11 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
 
+    @property
+    def continuing(self) -> list[int]:
+        """Ids of pieces that go on with the word before them; none where the vocabulary does not tell."""
+        return []
+
     def encode(self, text: str) -> list[int]:
         """All ids of a text, begin and end included, not shortened."""
         raise NotImplementedError
@@ -113,6 +118,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = p.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (p.bos_id(), p.eos_id()))
         self.pad_id = p.pad_id() if p.pad_id() >= 0 else p.unk_id()
+
+    @property
+    def continuing(self) -> list[int]:
+        p = self._processor
+        return [i for i in range(self.vocab_size) if not (p.is_control(i) or p.is_unknown(i) or p.id_to_piece(i).startswith("\u2581"))]
 
     def encode(self, text: str) -> list[int]:
         ids = self._processor.encode(text)
@@ -294,6 +304,11 @@ class JsonTokenizer(Tokenizer):
         text = self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
         end = getattr(self._tokenizer.model, "end_of_word_suffix", None)     # the library's decoder leaves CLIP's "</w>"
         return text.replace(end, " ").strip() if end else text
+
+    @property
+    def continuing(self) -> list[int]:
+        prefix = getattr(self._tokenizer.model, "continuing_subword_prefix", None)
+        return sorted(i for piece, i in self._tokenizer.get_vocab().items() if piece.startswith(prefix) and piece != prefix) if prefix else []
 
     def content(self) -> str:
         return self._content.decode("utf-8")

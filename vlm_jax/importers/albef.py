@@ -11,6 +11,9 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.importers import bert
 from vlm_jax.importers.open_clip import heads, linear
 from vlm_jax.importers.release import CLIP_MEAN, CLIP_STD, Hints, Release, Shapes, count_layers, grid_of, read_json, shape_of
+from vlm_jax.models import bert as towers
+from vlm_jax.models import vit
+from vlm_jax.models.sizes import sizes
 from vlm_jax.weight_rules import Rule
 
 IGNORED = (r".*\.position_ids",)
@@ -54,10 +57,15 @@ def text_section(shapes: Shapes, where: str, stated: Mapping[str, Any], hints: H
     return section, dict(tokens=dict(vocab=vocab, bos=101, eos=102, pad=0, mask=103))
 
 
+def lower_layers(text: Mapping[str, Any]) -> int:
+    """How many layers of a text section have no cross-attention."""
+    found = sizes(towers.VARIANTS, **text)
+    return found["layers"] - found["cross_layers"]
+
+
 def student(sections: Mapping[str, Any], names: Collection[str], suffix: str = "") -> tuple[Rule, ...]:
     """Rules of the model, or with suffix "_m" of its slow copy."""
-    text = sections["model"]["text"]
-    lower = text["layers"] - text["cross_layers"]
+    lower = lower_layers(sections["model"]["text"])
     tower, where = f"text_encoder{suffix}", prefix(names, f"text_encoder{suffix}") if names else f"text_encoder{suffix}.bert"
     return (*bert.timm_vit("image", f"visual_encoder{suffix}"), *bert.embeddings("text", f"{where}.embeddings"),
             *bert.layers("text/blocks", f"{where}.encoder.layer"), *bert.layers("text/blocks_cross", f"{where}.encoder.layer", lower),
@@ -84,12 +92,14 @@ def ties(names: Collection[str]) -> dict[str, str]:
 
 def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> None:
     """config.json: what the tensors cannot tell, under the names of the official code's configs."""
-    image, text = config.model.image, config.model.text
+    image, text = sizes(vit.VARIANTS, **config.model.image), sizes(towers.VARIANTS, **config.model.text)
+    doubled = text["cross_layers"] if text.get("pairing") == "alternate" else 0
     (folder / "config.json").write_text(json.dumps(dict(
-        image_res=config.data.size, vision_width=image.width, vision_depth=image.layers, vision_heads=image.heads, embed_dim=config.model.get("embed", 256),
-        bert_config=dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, hidden_size=text.width, num_attention_heads=text.heads, intermediate_size=text.mlp_dim,
-                         num_hidden_layers=text.layers + (text.cross_layers if text.get("pairing") == "alternate" else 0), fusion_layer=text.layers - text.cross_layers, vocab_size=config.model.tokens.vocab,
-                         max_position_embeddings=text.get("positions", 512), type_vocab_size=text.get("token_types", 2), encoder_width=image.width)), indent=1))
+        image_res=config.data.size, vision_width=image["width"], vision_depth=image["layers"], vision_heads=image["heads"], embed_dim=config.model.get("embed", 256),
+        bert_config=dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, hidden_size=text["width"], num_attention_heads=text["heads"],
+                         intermediate_size=text["mlp_dim"], num_hidden_layers=text["layers"] + doubled, fusion_layer=text["layers"] - text["cross_layers"],
+                         vocab_size=config.model.tokens.vocab, max_position_embeddings=text.get("positions", 512), type_vocab_size=text.get("token_types", 2),
+                         encoder_width=image["width"])), indent=1))
 
 
 RELEASE = Release("albef", "albef", describe, rules, IGNORED, ("model.safetensors", "weights.safetensors", "*.pth"), write_config, resize="resize_positions_border", ties=ties)

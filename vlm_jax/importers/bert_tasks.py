@@ -32,9 +32,7 @@ def answer_rules(names: Collection[str], lower: int, suffix: str = "") -> tuple[
 
 
 def rules_of_answers(sections: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
-    text = sections["model"]["text"]
-    lower = text["layers"] - text["cross_layers"]
-    names = shapes or WRITTEN
+    lower, names = albef.lower_layers(sections["model"]["text"]), shapes or WRITTEN
     return (*answer_rules(names, lower), *taught(answer_rules(names, lower, "_m"), shapes, "visual_encoder_m.cls_token"))
 
 
@@ -70,7 +68,7 @@ def describe_answers(shapes: Shapes, folder: pathlib.Path, hints: Hints, family:
 
 def classify_rules(names: Collection[str], family: str, text: Mapping[str, Any], suffix: str = "") -> tuple[Rule, ...]:
     where = albef.prefix(names, f"text_encoder{suffix}")
-    layer, lower = f"{where}.encoder.layer", text["layers"] - text["cross_layers"]
+    layer, lower = f"{where}.encoder.layer", albef.lower_layers(text)
     rules = [*bert.timm_vit("image", f"visual_encoder{suffix}"), *bert.embeddings("text", f"{where}.embeddings"), *bert.layers("text/blocks", layer),
              *linear("head/dense", f"cls_head{suffix}.0"), *linear("head/out", f"cls_head{suffix}.2"), *linear("head", "ta_head"), *linear("image_head", f"vision_proj{suffix}")]
     if family == "blip":

@@ -54,6 +54,7 @@ from vlm_jax.importers import (
     read,
     timm_vit,
     tokenizer_files,
+    vlmo,
     vqkd,
     write,
 )
@@ -61,7 +62,7 @@ from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
                                 blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
-                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, vqkd.RELEASE, beit3.RELEASE)}
+                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, vqkd.RELEASE, beit3.RELEASE, vlmo.RELEASE, vlmo.BEIT_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 FAMILIES = ("albef", "blip", "hf_blip")
 RECORD = "import.json"
@@ -136,9 +137,10 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     carry = {f"carry/{p}": x for p, x in stages.carry_shapes(stage).items() if any(re.fullmatch(rule[0], f"carry/{p}") for rule in table)}
     targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving, **carry}.items()}
     tied = check_ties(layout.ties(shapes), tensors)
-    held = {p: shape for p, shape in targets.items() if p not in layout.given}
+    given = {p: value for p, value in layout.given.items() if (weight_rules.first_match(table, p) or (0, "", ""))[1] not in tensors}
+    held = {p: shape for p, shape in targets.items() if p not in given}
     leaves, ignored = weight_rules.import_leaves(table, layout.ignored, held, Floats({n: t for n, t in tensors.items() if n not in tied}, write.dtype_of(dtype)), f"{release}: {src}")
-    leaves |= {p: np.full(targets[p], value, np.float32) for p, value in layout.given.items() if p in targets}
+    leaves |= {p: np.full(targets[p], value, np.float32) for p, value in given.items() if p in targets}
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},

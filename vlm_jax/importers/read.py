@@ -99,7 +99,7 @@ def files_of(path: str | os.PathLike, prefer: Sequence[str] = ()) -> list[pathli
 def open_file(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of one safetensors file or torch archive, by name.
 
-    Of a training checkpoint they are those below "state_dict" or "model", of TorchScript the parameters
+    Of a training checkpoint they are those below "state_dict", "module" or "model", of TorchScript the parameters
     and buffers. A leading "module." or "_orig_mod." that all names share is dropped.
     """
     return _without_wrappers(_open(os.path.expanduser(os.fspath(path))))
@@ -466,10 +466,10 @@ def _open_torch(path: str) -> dict[str, Tensor]:
     if isinstance(value, _Record):
         found = _scripted(path, value, _modules(archive.texts))
     elif isinstance(value, dict):
-        inner = (v for v in (value.get("state_dict"), value.get("model"), value) if isinstance(v, dict))
+        inner = (v for v in (value.get("state_dict"), value.get("module"), value.get("model"), value) if isinstance(v, dict))
         found = next(filter(None, ({k: t for k, t in v.items() if isinstance(t, Tensor) and isinstance(k, str)} for v in inner)), {})
         if not found:
-            raise ConfigError(f"{path} holds no tensors by name, nor below 'state_dict' or 'model', only: "
+            raise ConfigError(f"{path} holds no tensors by name, nor below 'state_dict', 'module' or 'model', only: "
                               f"{', '.join(str(k)[:40] for k in list(value)[:12]) or 'nothing'}")
     else:
         raise ConfigError(f"{path} holds no dict of tensors but one {type(value).__name__.lower()}; {_SAVE_AS}")

@@ -36,7 +36,7 @@ class Release:
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
     blank: name of a tensor that the release's own loader demands and nobody reads -> the tensor whose shape it has, filled with zeros on export.
-    given: values of leaves that no file of this layout holds. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
+    given: values of leaves that a file of this layout need not hold. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
     licence: of the official weights, where all have one and their files do not say it. library, task: what the hub's
