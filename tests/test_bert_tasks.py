@@ -244,7 +244,7 @@ def test_a_question_s_padding_matters_only_where_it_is_asked_to(blip):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.data.update(answers=0), "data.answers=0, but a system that answers learns from answers"),
+    (lambda s: s.data.update(answers=0, answer_length=0), "data.answers=0, but a system that answers learns from answers"),
     (lambda s: s.loss.update(rank_by="first"), "loss.rank_by='first' is not known; nearest: 'first_and_sequence'"),
     (lambda s: s.loss.update(alpha=1.5), "loss.alpha=1.5 is not a share; nearest: 1.0")])
 def test_wrong_sections_are_refused_by_name(blip, change, message):

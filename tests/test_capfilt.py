@@ -1,6 +1,5 @@
 """CapFilt's bookkeeping, with stand-ins for captioner and filter: what is kept, dropped and counted, and that units do not matter."""
 
-import json
 import types
 
 import numpy as np

@@ -30,7 +30,7 @@ def imported(tmp_path_factory):
 
 def test_every_release_has_cases():
     elsewhere = {name for name in cli.RELEASES if name.startswith(("albef", "blip", "hf_blip"))} | {      # in the tests of each system
-        "hf_bert", "timm_vit", "eva", "hf_opt", "hf_llama", "hf_t5", "beit3", "vqkd"}
+        "hf_bert", "timm_vit", "eva", "hf_opt", "hf_llama", "hf_t5", "beit3", "vqkd", "vlmo", "beit"}
     assert {json.loads((STORED / name / "case.json").read_text())["release"] for name in CASES} | elsewhere == set(cli.RELEASES)
 
 
