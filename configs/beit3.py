@@ -1,13 +1,15 @@
 """BEiT-3: image as a foreign language (arXiv 2208.10442).
 
 python -m vlm_jax.main --config=configs/beit3.py
-    The embedded preset: masked data modelling and contrastive tuning of a small tower on procedural scenes, a few minutes on 2 CPU cores. Masked
-    patches are to be told as bins of their mean colour.
+    The embedded preset on procedural scenes, some ten minutes on 2 CPU cores: a small CLIP, the VQ-KD tokenizer of images that learns from it
+    (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
+    told as bins of their mean colour.
 python -m vlm_jax.main --config=configs/beit3.py --stage=vqa
     What it is tuned to from there: retrieval, vqa, nlvr, caption.
-python -m vlm_jax.main --config=configs/beit3.py:base,tokenizer=DIR --stage=pretrain --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
+python -m vlm_jax.main --config=configs/beit3.py:base,tokenizer=DIR --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=xlmr:beit3.spm
-    The paper's pre-training at a size (base, large: the released towers, whose own schedule is unpublished; giant: the paper's). DIR: a VQ-KD tokenizer.
+    The paper's pre-training at a size (base, large: the released towers, whose own schedule is unpublished; giant: the paper's). DIR: a VQ-KD tokenizer,
+    trained or imported (release vqkd); without it the stage "tokenizer" comes first and wants a CLIP (configs/vqkd.py:base).
 python -m vlm_jax.main --config=configs/beit3.py:base,init=DIR --stage=vqa \\
     --config.stages.vqa.model.answers=answers.txt --config.stages.vqa.data.train=jsonl:vqa_train.json --config.stages.vqa.data.tokenizer=xlmr:beit3.spm
     Fine-tuning by the official recipes: retrieval, vqa, nlvr, caption, classes. DIR: a stage, or an imported file (release beit3).
@@ -26,8 +28,7 @@ STATEMENT = ("False", "True")
 BEAMS = dict(method="beam", beams=3, length_penalty=0.6)      # beit3/run_beit3_finetuning.py
 RANDAUG = "|rand_augment(n=2, m=7)"
 CROPS = "random_resized_crop(scale=0.5..1)|flip"      # beit3/datasets.py: hflip for questions and captions too
-# The released encoder has no key bias, which a bias of zero is
-VQKD = dict(kind="vqkd", encoder=dict(variant="timm_b16", init_scheme="beit"), codes=8192, code_width=32)
+VQKD = dict(kind="vqkd", encoder=dict(variant="beit_b16"), codes=8192, code_width=32)
 # beit3/optim_factory.py: 1-D leaves, the image's positions, and not the text's
 NO_DECAY = ("1d", "image/position_embed")
 SCENE_ANSWERS = ("yes", "no", "zero", "one", "two", "three", "four", "five", "shiny", "matte", "striped", "solid", "hollow", "left", "right", "above", "below",
@@ -36,10 +37,14 @@ SCENE_ANSWERS = ("yes", "no", "zero", "one", "two", "three", "four", "five", "sh
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", "base", "large", "giant"), res=0, tokenizer="", init="")
+    args = c.parse_arg(arg, size=("scenes", "base", "large", "giant"), res=0, tokenizer="", init="", targets=("codes", "colours"))
     if args.size == "scenes":
-        return c.stages(("pretrain", "itc"), **scenes(args.res or 48))
-    return c.stages(("pretrain", "itc"), pretrain=pretrain(args.size, args.res or 224, args.tokenizer),
+        if args.targets == "colours":
+            return c.stages(("pretrain", "itc"), **scenes(args.res or 48))
+        first = c.from_file(f"configs/vqkd.py:scenes,res={args.res or 48}").stages.to_dict()
+        return c.stages(("teacher", "tokenizer", "pretrain", "itc"), **first, **scenes(args.res or 48, first["tokenizer"]["model"]))
+    first = {} if args.tokenizer else dict(tokenizer=c.from_file("configs/vqkd.py:base").stages.tokenizer.to_dict())
+    return c.stages((*first, "pretrain", "itc"), **first, pretrain=pretrain(args.size, args.res or 224, args.tokenizer),
                     itc=itc(args.size, args.res or 224, args.init or "@pretrain"),
                     **({} if args.size == "giant" else tasks(args.size, args.res, args.init)))
 
@@ -48,7 +53,13 @@ def fresh(heads, origin="@pretrain"):
     return ((heads, "fresh", "copy"), origin)
 
 
-def scenes(res):
+def told_by(origin):
+    """A frozen tokenizer of images, taken over from a stage or a directory of VQ-KD."""
+    return (("tokenizer/table", f"{origin}:codebook/table", "copy"), ("tokenizer/encoder/position_embed", f"{origin}:encoder/position_embed", "resize_positions_border"),
+            ("tokenizer/(.*)", rf"{origin}:\1", "copy"))
+
+
+def scenes(res, tokenizer=None):
     data = dict(train="scenes:train", eval="scenes:test", batch=96, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash",
                 eval_augment="squash",
                 threads=1, prefetch=8, bad_budget=0.01)
@@ -68,8 +79,10 @@ def scenes(res):
         return dict(data, train=f"scenes:train/{task}", eval=f"scenes:test/{task}", **more)
 
     loss = dict(weights=MASKED, image_masked=14, mask_min_cells=3)
+    told = {} if tokenizer is None else dict(
+        model=dict(model, targets=dict(kind="vqkd", **{k: tokenizer[k] for k in ("encoder", "codes", "code_width")})), init=told_by("@tokenizer"), trainable=(FROZEN,))
     return dict(
-        pretrain=c.stage(**start, loss=loss, steps=800),
+        pretrain=c.stage(**{**start, **told}, loss=loss, steps=800),
         itc=tuned(300, loss=dict(weights=dict(itc=1.0)), origin=fresh(CONTRAST), evals=retrieved),
         retrieval=tuned(300, loss=dict(weights=dict(itc=1.0)), origin="@itc", evals=retrieved),
         vqa=tuned(400, loss=dict(weights=dict(vqa=1.0)), origin=fresh(ANSWERS), model=dict(model, answers=SCENE_ANSWERS),
@@ -105,11 +118,8 @@ def pretrain(size, res, tokenizer):
     A giant's 16 x 16 patches have 98 masked, the share of 75 in 14 x 14."""
     patch = 14 if size == "giant" else 16
     targets = dict(VQKD, encoder=dict(VQKD["encoder"], patch=patch))
-    origin = f"{tokenizer or '@tokenizer'}:"
     return c.stage(
-        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,),
-        init=(("tokenizer/encoder/blocks/attn/key/bias", "fresh", "copy"), ("tokenizer/table", origin + "codebook/table", "copy"),
-              ("tokenizer/encoder/position_embed", origin + "encoder/position_embed", "resize_positions_border"), ("tokenizer/(.*)", origin + r"\1", "copy")),
+        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,), init=told_by(tokenizer or "@tokenizer"),
         loss=dict(weights=MASKED, streams=dict(image=1, text=1, pair=1), image_masked=round(75 / 196 * (res // patch) ** 2), pair_masks="both"),
         optim=adamw(1e-3, 10_000, 0.05, b2=0.98, eps=1e-6, clip_norm=3.0, end_lr=0.0),
         data=dict(data_of(6144, res), augment="random_resized_crop(scale=0.5..1)|flip|color_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0, p=1)"),

@@ -333,7 +333,7 @@ def test_a_fixed_share_of_a_text_is_masked():
 @functools.cache
 def tiny(stage="pretrain", **loss):
     """(stage of the embedded preset with a small tower, its parameters, a batch)."""
-    section = config_of("beit3").stages[stage]
+    section = config_of("beit3", "targets=colours").stages[stage]
     section.model.tower.update(dict(variant="mini", width=16, heads=2, layers=2, mlp_dim=24))
     section.data.batch = 6
     section.loss.update(loss)
@@ -399,7 +399,7 @@ def test_colours_are_bins_of_each_patch_s_mean():
 
 
 def test_a_trained_tokenizer_lives_in_the_model_and_stays_as_it_is():
-    section = config_of("beit3").stages.pretrain
+    section = config_of("beit3", "targets=colours").stages.pretrain
     section.model.tower.update(dict(width=16, heads=2, layers=2, mlp_dim=24))
     section.model.targets = dict(kind="vqkd", encoder=dict(variant="mini", width=16, heads=2, layers=1, mlp_dim=24), codes=32, code_width=4)
     section.trainable, section.data.batch, section.loss = (r"(?!tokenizer/).*",), 3, dict(weights=dict(mim=1.0), image_masked=14, mask_min_cells=3)
@@ -490,7 +490,7 @@ def rewritten(section, **model):
     ("nlvr", lambda s: s.data.update(images=1), "data.classes|model"),
     ("caption", lambda s: s.data.update(length=64), "data.length=64 exceeds the 50 places of model.tower.positions=52; nearest: 50")])
 def test_wrong_sections_are_refused_by_name(stage, change, message):
-    section = config_of("beit3").stages[stage]
+    section = config_of("beit3", "targets=colours").stages[stage]
     change(section)
     if message.startswith("data.classes|"):      # one image beside no text: another head, and no error
         assert "class_head/out/kernel" in stages.resolve(section, "other").plan.shapes
