@@ -1,7 +1,7 @@
 """ALBEF: align before fuse, with momentum distillation (arXiv 2107.07651).
 
 python -m vlm_jax.main --config=configs/albef.py
-    The embedded preset: small towers on procedural scenes, some six minutes on 2 CPU cores. Among 1,000 unseen scenes R@1 is .455 text to image and
+    The embedded preset: small towers on procedural scenes, under nine minutes on 2 CPU cores that it shared with another training. Among 1,000 unseen scenes R@1 is .455 text to image and
     .447 image to text, R@10 .999 and .997; of a true caption and one of the same words the matching head prefers the true one in .621.
 python -m vlm_jax.main --config=configs/albef.py:base --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=bert:vocab.txt

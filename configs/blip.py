@@ -1,7 +1,7 @@
 """BLIP: bootstrapping language-image pre-training (arXiv 2201.12086).
 
 python -m vlm_jax.main --config=configs/blip.py
-    The embedded preset: small towers on procedural scenes, some ten minutes on 2 CPU cores. Among 1,000 unseen scenes R@1 is .309 text to image and
+    The embedded preset: small towers on procedural scenes, some twelve minutes on 2 CPU cores that it shared with another training. Among 1,000 unseen scenes R@1 is .309 text to image and
     .337 image to text, R@10 .966; captions reach CIDEr-D 2.77 (another image's caption .28), .02 of them right in every fact.
 python -m vlm_jax.main --config=configs/blip.py:base --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\
     --config.stages.pretrain.data.tokenizer=bert:vocab.txt

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from vlm_jax.errors import nearest
 from vlm_jax.models import vit
 from vlm_jax.models.sizes import sizes
-from vlm_jax.nn import initializers
+from vlm_jax.nn import codebook, initializers
 from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
 from vlm_jax.nn.multiway import Layout, Multiway, multiway_stack, one
 from vlm_jax.nn.norm import Norm
+from vlm_jax.nn.pixels import colour_bins
 from vlm_jax.nn.unit import unit
 from vlm_jax.partitioning import shard
 
@@ -327,12 +328,7 @@ class Colours(nn.Module):
         return self.bins ** 3
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        b, h, w, c = image.shape
-        p = self.patch
-        x = image.astype(jnp.float32) / (255 if image.dtype == jnp.uint8 else 1)
-        mean = x.reshape(b, h // p, p, w // p, p, c).mean((2, 4)).reshape(b, -1, c)
-        level = jnp.clip((mean * self.bins).astype(jnp.int32), 0, self.bins - 1)
-        return (level * jnp.array([self.bins ** 2, self.bins, 1])).sum(-1)
+        return colour_bins(image.astype(jnp.float32) / (255 if image.dtype == jnp.uint8 else 1), self.patch, self.bins)
 
 
 class VqTokens(nn.Module):
@@ -350,23 +346,13 @@ class VqTokens(nn.Module):
         self.vit = vit.ViT(**sizes(vit.VARIANTS, **{**self.encoder, "image_size": self.image_size}), name="encoder")
         if self.vit.patch != self.patch:
             raise ValueError(f"targets.encoder.patch={self.vit.patch} gives another grid than the tower's {self.patch}; nearest: {self.patch}")
-        self.encoder_head = CodeHead(self.code_width)
+        self.encoder_head = codebook.TaskLayer(self.code_width)
         self.table = self.param("table", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "norm")), (self.codes, self.code_width),
                                 jnp.float32)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         tokens = self.vit(2 * image - 1)[:, int(self.vit.class_token):]
         return jnp.argmax(unit(self.encoder_head(tokens)) @ self.table.T, -1).astype(jnp.int32)
-
-
-class CodeHead(nn.Module):
-    """[..., width] -> [..., features], in float32: map, tanh, map."""
-    features: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = Linear(x.shape[-1], ("embed", "mlp"), True, name="hidden")(x.astype(jnp.float32))
-        return Linear(self.features, ("mlp", "embed"), True, name="out")(jnp.tanh(hidden))
 
 
 class Unknown(nn.Module):

@@ -9,13 +9,28 @@ Sums go over the global batch, so that every device holds the same codebook.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.nn.initializers import normal
+from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.unit import unit
 
 Book = Mapping[str, jax.Array]
+
+
+class TaskLayer(nn.Module):
+    """Into the codes' width or out of it: x [..., width] -> [..., features]; Linear, tanh, Linear."""
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = Linear(x.shape[-1], ("embed", "mlp"), True, normal(0.02), dtype=self.dtype, name="hidden")(x)
+        return Linear(self.features, ("mlp", "embed"), True, normal(0.02), dtype=self.dtype, name="out")(jnp.tanh(hidden))
 ROUNDS = 10
 
 

@@ -56,3 +56,11 @@ def compute_dtype(name: str) -> Any:
     if name == "auto":
         _log_once(logging.WARNING if (backend, dtype) == ("gpu", "float32") else logging.INFO, dtype, reason)
     return DTYPES[dtype]
+
+
+def colour_bins(image: jax.Array, patch: int, bins: int) -> jax.Array:
+    """image [b, h, w, 3] in [0, 1] -> int32 [b, patches], in raster order: which of bins^3 boxes the mean colour of each patch lies in."""
+    b, h, w, c = image.shape
+    mean = image.reshape(b, h // patch, patch, w // patch, patch, c).mean((2, 4)).reshape(b, -1, c)
+    level = jnp.clip(jnp.floor(mean * bins), 0, bins - 1).astype(jnp.int32)
+    return level @ jnp.array([bins * bins, bins, 1])

@@ -25,7 +25,7 @@ from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
 from vlm_jax.nn.norm import Norm
-from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.pixels import colour_bins, compute_dtype, normalise
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -40,11 +40,8 @@ BINS = 8      # of each colour
 def colours(image: jax.Array, patch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """int32 [b, patches]: which of 8 x 8 x 8 bins each patch's mean colour lies in. It stands in for the tokens of a learned image tokenizer
     where pictures are as plain as scenes."""
-    b, h, w, c = image.shape
     x = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image * jnp.asarray(std) + jnp.asarray(mean)
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).mean((2, 4)).reshape(b, -1, c)
-    level = jnp.clip(jnp.floor(x * BINS), 0, BINS - 1).astype(jnp.int32)
-    return level @ jnp.array([BINS * BINS, BINS, 1])
+    return colour_bins(x, patch, BINS)
 
 
 TARGETS = {"colours": colours}      # what masked patches are to tell: (images, patch, mean, std) -> ids

@@ -21,25 +21,13 @@ from vlm_jax.models.sizes import sizes
 from vlm_jax.models.teacher import PatchTeacher, build_teacher
 from vlm_jax.nn import codebook
 from vlm_jax.nn.chunk import chunked
-from vlm_jax.nn.initializers import by_depth, normal
-from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.initializers import by_depth
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
 BOOK = "codebook"      # the collection that the codes live in
 ADOPT = (("teacher/image/position_embed", "image/position_embed", "resize_positions"), ("teacher/((image|image_head)/.*)", r"\1", "copy"))
-
-
-class TaskLayer(nn.Module):
-    """x [..., width] -> [..., features]: Linear, tanh, Linear."""
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = Linear(x.shape[-1], ("embed", "mlp"), True, normal(0.02), dtype=self.dtype, name="hidden")(x)
-        return Linear(self.features, ("mlp", "embed"), True, normal(0.02), dtype=self.dtype, name="out")(jnp.tanh(hidden))
 
 
 class Vqkd(nn.Module):
@@ -58,8 +46,8 @@ class Vqkd(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.encoder_head = TaskLayer(self.code_width)                      # fp32 at any compute dtype
-        self.decoder_head = TaskLayer(self.features, self.dtype)
+        self.encoder_head = codebook.TaskLayer(self.code_width)                      # fp32 at any compute dtype
+        self.decoder_head = codebook.TaskLayer(self.features, self.dtype)
         for name, value in codebook.empty(self.codes, self.code_width).items():
             self.variable(BOOK, name, lambda value=value: value)
 
