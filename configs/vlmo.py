@@ -1,7 +1,7 @@
 """VLMo: unified vision-language pre-training with mixture-of-modality-experts (arXiv 2111.02358).
 
 python -m vlm_jax.main --config=configs/vlmo.py
-    The embedded preset: images alone, texts alone, both together, on procedural scenes; a few minutes on 2 CPU cores.
+    The embedded preset: images alone, texts alone, both together, on procedural scenes. It has not been run to its end yet: no scores.
 python -m vlm_jax.main --config=configs/vlmo.py:base,vision=BEIT --config.stages.language.data.train=... --config.stages.joint.data.train=... \\
     --config.stages.language.data.tokenizer=bert:vocab.txt --config.stages.joint.data.tokenizer=bert:vocab.txt
     The paper's sizes (base, base_plus, large) and recipe. BEIT: a directory imported with --release=beit; without it the first stage is trained
