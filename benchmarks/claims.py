@@ -20,6 +20,8 @@ import dataclasses
 import json
 import math
 import pathlib
+import random
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +29,8 @@ from typing import Any
 
 from benchmarks import paired
 from vlm_jax import config as configs
-from vlm_jax.data.scene import CLASSES, COLOURS, SHAPES, frequency
-from vlm_jax.data.scenes import LENGTHS, NOISE, open_scenes
+from vlm_jax.data.scene import CLASSES, COLOURS, SHAPES, frequency, make_scene
+from vlm_jax.data.scenes import LENGTHS, NOISE, caption, open_scenes, render
 from vlm_jax.errors import ConfigError, nearest
 
 BUDGET_S = 90
@@ -48,7 +50,7 @@ class Claim:
     what ``shared`` says holds for all variants. differences: what is compared, the side that the claim puts higher
     first. shown: scores to print beside those, of every variant. stage: as for ``--stage``.
 
-    prepare: makes what the variants of a seed train on, called as prepare(folder, seed, train); the same call again goes on where it was
+    prepare: makes what the variants of a seed train on, called as prepare(folder, seed, train, data); the same call again goes on where it was
     stopped. It returns scores, which stand beside those of the variants as "made", or None where a signal stopped it. made: those to print.
     In values, "{made}" is its folder, "{seed}" the seed, and "{data}" what the command line names by ``--data``.
     """
@@ -106,12 +108,12 @@ HUMAN = {key: value for name in ("caption", "retrieval") for key, value in stage
 
 # ---- data that claims make first
 
-POOL, CAP = 20_000, 500
+POOL, CAP, CLOSE = 20_000, 500, 12_000
 LONG_TAIL = sorted(CLASSES, key=frequency)      # the rarest first
 GROUPS = {"tail": LONG_TAIL[:14], "middle": LONG_TAIL[14:28], "head": LONG_TAIL[28:]}
 
 
-def balance(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float]:
+def balance(made: pathlib.Path, seed: int, train: Callable[..., Any], data: str = "") -> dict[str, float]:
     """``POOL`` long-tailed pairs in made/pool, and those that balancing over the words of shapes and colours keeps in made/balanced."""
     from vlm_jax.data import curate, pack
     pool, out, words = made / "pool", made / "balanced", made / "words.txt"
@@ -127,7 +129,7 @@ def balance(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[st
 WEB, HUMANS = 2400, 600      # noisy pairs that are rewritten, true ones
 
 
-def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float] | None:
+def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any], data: str = "") -> dict[str, float] | None:
     """Pre-trains BLIP on ``WEB`` noisy pairs of single objects (made/noisy), tunes a captioner and a filter apart on ``HUMANS`` true pairs of
     others (made/human), and puts the noisy ones through both (made/SEED/rewritten). Scores: what was kept, by what was planted."""
     from vlm_jax import capfilt
@@ -168,6 +170,60 @@ def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[
              "texts that are true, after": (sum(kept[""]) + sum(true)) / max(1, sum(map(sum, kept.values())) + len(true))}
     record.write_text(json.dumps(found))
     return found
+
+
+CLIP = "configs/clip.py"
+START = stage(**{"data.train": "tars:{made}/close/*.tar@1;scenes:train@1", "data.tokenizer": "{made}/tokenizer", "steps": 500, "checkpoint.every": 10_000})
+NAMED = dict(retrieval=dict(kind="retrieval", data="tars:{made}/unseen/*.tar", examples=100, batch=100),
+             old=dict(kind="retrieval", data="scenes:test", examples=500, batch=100, options=dict(captions="first")))
+
+NAMED_SCORES = {f"{way.replace('_', ' ')} R@{k}": f"{way}/R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 10)}
+FEW = stage("finetune", **{"init": "{made}/start/1_pretrain", "steps": 60, "select": {}, "checkpoint.every": 10_000, "data.train": "tars:{made}/few/*.tar",
+                           "data.eval": "tars:{made}/unseen/*.tar"})
+# What the start was trained with, from nothing: its model and its own rates
+FRESH = stage("finetune", **{"init": (), "model": configs.to_plain(configs.from_file(CLIP).stages.pretrain.model), "data.tokenizer": "{made}/tokenizer",
+                             "data.size": 48, "data.length": 32, "data.eval_augment": "squash",
+                             "optim.lr": 3e-3, "optim.muon_lr": 0.08, "optim.schedule": "trapezoid", "optim.decay_from": "50%", "optim.warmup": "5%"})
+
+
+def close_up(index: int) -> dict[str, Any]:
+    """A scene of "objects" as an emoji shows it: the object fills the picture, mostly on a light ground. Half of the captions are bare names."""
+    scene = make_scene(index, "objects")
+    thing, rng = scene.objects[0], random.Random(index)
+    x, y, radius = rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), rng.uniform(0.28, 0.5)
+    if thing.colour == "white":
+        ground = tuple(rng.uniform(0, 170) for _ in range(3))
+    else:
+        ground = (rng.uniform(225, 255),) * 3 if rng.random() < 0.7 else tuple(rng.uniform(0, 255) for _ in range(3))
+    scene = dataclasses.replace(scene, objects=(dataclasses.replace(thing, x=x, y=y, radius=radius),), background=ground, noise=rng.uniform(0, 5))
+    name = " ".join([thing.fill] * (thing.fill != "solid") + [thing.colour, thing.shape])
+    return {"key": f"close/{index:08d}", "image": render(scene), "text": [name if rng.random() < 0.5 else caption(scene)], "json": {}}
+
+
+def names_shape(text: str) -> bool:
+    """Whether a caption has the name of one of the scenes' shapes as a word; skin tones, which repeat a few of the names, are left out."""
+    return not set(SHAPES).isdisjoint(re.findall(r"\w+", text.lower())) and "skin tone" not in text
+
+
+def near_emoji(made: pathlib.Path, seed: int, train: Callable[..., Any], data: str = "") -> dict[str, float] | None:
+    """The emoji that are named after the scenes' shapes (made/few to train on, made/unseen of a third style), a tokenizer of scenes and emoji, and
+    a CLIP of scenes and ``close_up``s, trained once, with the seed 0. Scores: of that one, before it has seen an emoji."""
+    from vlm_jax.data import pack, tokenizers
+    from vlm_jax.data.sources import open_source
+    emoji = placed("tars:{data}/train-*.tar", {"data": data})
+    if not (made / "tokenizer").exists():
+        few = [sample for sample in open_source(emoji) if names_shape(sample["text"][0])]
+        unseen = [sample for sample in open_source(f"tars:{data}/val-*.tar") if names_shape(sample["text"][0])]
+        pack.pack([close_up(i) for i in range(LENGTHS["objects"], LENGTHS["objects"] + CLOSE)], str(made / "close"), shard=CLOSE)
+        pack.pack(few, str(made / "few"), shard=len(few))
+        pack.pack(unseen, str(made / "unseen"), shard=len(unseen))
+        texts = [text for source in ("scenes:train", f"tars:{made}/close/*.tar", emoji) for text in tokenizers.captions(source, 8000, None)]
+        tokenizers.train(texts, 2000).save(str(made / "tokenizer"))
+    start = train(set_fields(configs.from_file(CLIP), {**START, **stage(evals=NAMED)}, 0, {"made": made}, CLIP), made / "start", stage="pretrain")
+    if not start.done:
+        return None
+    sizes = {f"pairs {folder}": float(len(open_source(f"tars:{made}/{folder}/*.tar"))) for folder in ("few", "unseen")}
+    return {**sizes, **start.scores}
 
 
 # ---- the claims
@@ -222,6 +278,14 @@ CLAIMS: dict[str, Claim] = {
         variants={"rewritten": stage(**{"data.train": "tars:{made}/{seed}/rewritten/*.tar"}), "noisy": stage(**{"data.train": "tars:{made}/noisy/*.tar"})},
         differences={"exact captions": (("rewritten", "caption/facts/exact"), ("noisy", "caption/facts/exact")),
                      "zero-shot": (("rewritten", "zeroshot/top1"), ("noisy", "zeroshot/top1"))}),
+    "finetune_emoji": Claim(
+        sentence="Fine-tuning a model of scenes teaches emoji named after shapes better than training from scratch does, at as many steps.",
+        paper="CLIP (arXiv 2103.00020), section 3; WiSE-FT (arXiv 2109.01903)", config=CLIP, prepare=near_emoji, stage="finetune",
+        made=("pairs few", "pairs unseen"), shared={**FEW, **stage("finetune", evals=NAMED)},
+        variants={"finetuned": {}, "scratch": FRESH},
+        differences={f"{what}, from {of}": (("finetuned", f"retrieval/{score}"), (other, f"retrieval/{score}"))
+                     for of, other in (("scratch", "scratch"), ("zero-shot", MADE)) for what, score in NAMED_SCORES.items()}
+        | {f"scenes lost, {what}": ((MADE, f"old/{score}"), ("finetuned", f"old/{score}")) for what, score in RECALL.items()}),
 }
 
 
@@ -268,7 +332,7 @@ def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Cal
     seconds, made = {}, folder / MADE
     for seed in seeds:      # all variants of a seed before the next one: an early look compares like with like
         if claim.prepare:
-            found = claim.prepare(made, seed, train)
+            found = claim.prepare(made, seed, train, data)
             if found is None:
                 return None
             scores[MADE][seed] = found

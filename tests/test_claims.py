@@ -10,6 +10,8 @@ import pytest
 from benchmarks import claims
 from tests import tiny
 from vlm_jax import train
+from vlm_jax.data.scene import make_scene
+from vlm_jax.data.scene_text import parse
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import ConfigError
 from vlm_jax.run import Trained
@@ -109,7 +111,7 @@ def test_the_report_has_json_and_rows(tmp_path, capsys, monkeypatch):
 def test_what_is_prepared_is_trained_on_and_scored(tmp_path):
     asked, runs = [], Runs()
 
-    def prepare(made, seed, train):
+    def prepare(made, seed, train, data):
         asked.append((made, seed))
         return None if seed == 9 else {"kept": 10.0 + seed}
 
@@ -137,12 +139,29 @@ def test_balancing_prepares_pairs_of_the_tail(tmp_path, monkeypatch):
     assert rare and sorted(rare) == sorted(t for t in texts["balanced"] if "heart" in t)
 
 
+def test_close_ups_show_what_they_say_and_emoji_are_chosen_by_name():
+    shown = [claims.close_up(i) for i in range(24)]
+    assert claims.close_up(3)["text"] == shown[3]["text"] and (claims.close_up(3)["image"] == shown[3]["image"]).all()
+    for sample in shown:
+        thing, = make_scene(int(sample["key"].removeprefix("close/")), "objects").objects
+        facts, = max((parse(article + sample["text"][0]) for article in ("", "a ")), key=lambda facts: facts.understood).objects
+        assert (facts["shape"], facts["colour"]) == (thing.shape, thing.colour)
+        corner, middle = sample["image"][:3, :3].mean((0, 1)), sample["image"].astype(float)
+        assert (np.abs(middle - corner).max(-1) > 40).mean() > 0.04      # a scene's small object has about 1%
+    ground = [sample["image"][:3, :3].mean() for sample in shown]
+    assert np.mean(np.array(ground) > 200) > 0.4
+    assert [claims.names_shape(t) for t in ("red heart", "keycap: *", "Latin cross", "heartbeat", "heart hands: dark skin tone")] == [
+        True, False, True, False, False]
+
+
 def test_registered_claims_compare_what_they_run(capsys):
     for name, claim in claims.CLAIMS.items():
         assert claim.sentence.endswith(".") and "arXiv" in claim.paper and name.isidentifier()
         assert all(names for names in claim.scores().values())      # no variant is run for nothing
-        kinds = {key for key in {**claim.shared}["stages.pretrain.evals"]}
-        assert {score.partition("/")[0] for variant in claim.variants for score in claim.scores()[variant]} <= kinds
+        for variant, changed in claim.variants.items():
+            config = claims.variant_config(claim, variant, 0, made="made", data="data")      # its sections exist
+            last = claim.stage or config.stage_order[-1]
+            assert {score.partition("/")[0] for score in claim.scores()[variant]} <= set({**claim.shared, **changed}[f"stages.{last}.evals"])
         assert len({json.dumps(v) for v in claim.variants.values()}) == len(claim.variants)
     assert claims.main(["--list"]) == 0 and claims.CLAIMS["momentum"].sentence in capsys.readouterr().out
     assert claims.main(["momentun"]) == claims.main(["momentum", "--seeds=a"]) == 43
