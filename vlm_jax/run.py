@@ -437,7 +437,9 @@ class StageRun:
 
 
 def write_report(stage: Stage, folder: pathlib.Path, evaluations: Mapping[str, Any], scores: Mapping[str, float], notes: list[str]) -> None:
-    from vlm_jax import report      # matplotlib takes a second to import; a run needs it at its end
+    from vlm_jax import (
+        report,  # matplotlib takes a second to import; a run needs it at its end
+    )
 
     pictures: dict[str, Any] = {}
     for result in evaluations.values():

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import struct, traverse_util
 
 from vlm_jax.errors import ConfigError, nearest
