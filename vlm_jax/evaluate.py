@@ -58,7 +58,7 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
     model.ids("")     # without a tokenizer no batch can be made
-    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.tokenizer,
+    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.stage.replies,
                      source=source, **fitted, **options)
 
 

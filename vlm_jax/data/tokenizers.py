@@ -8,6 +8,7 @@ checkpoint carries its tokenizer. To train SentencePiece on a data set's own cap
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import html
@@ -50,6 +51,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """All ids of a text, begin and end included, not shortened."""
         raise NotImplementedError
+
+    def body(self, text: str) -> list[int]:
+        """The ids of a text alone, without begin and end."""
+        return self.encode(text)[1:-1]
+
+    @functools.cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What ``encode`` puts before the ids of a text alone, and behind them."""
+        whole, own = self.encode("a"), self.body("a")
+        at = next(i for i in range(len(whole)) if whole[i:i + len(own)] == own)
+        return whole[:at], whole[at + len(own):]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are dropped, and so is what follows the first end."""
@@ -125,8 +137,10 @@ class SentencePieceTokenizer(Tokenizer):
         return [i for i in range(self.vocab_size) if not (p.is_control(i) or p.is_unknown(i) or p.id_to_piece(i).startswith("\u2581"))]
 
     def encode(self, text: str) -> list[int]:
-        ids = self._processor.encode(text)
-        return [*([] if self.bos_id is None else [self.bos_id]), *ids, *([] if self.eos_id is None else [self.eos_id])]
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.body(text), *([] if self.eos_id is None else [self.eos_id])]
+
+    def body(self, text: str) -> list[int]:
+        return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([i for i in self._until_end(ids) if i < self.vocab_size])     # a model's table may be longer
@@ -299,6 +313,9 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
+
+    def body(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text = self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
