@@ -89,7 +89,8 @@ def test_a_sample_for_a_decoder_token_by_token(tokenizer, pieces):
     assert batch["text_mask"][0].tolist() == [True] * 7 + [False] * 5
     assert batch["target_mask"][0].tolist() == [False] * 5 + [True] * 2 + [False] * 5
     assert batch["instruction"].tolist() == [[2, 5, 6, 7, 8, 3, 0]] and batch["instruction_mask"][0].tolist() == [True] * 6 + [False]
-    assert set(batch) == {"image", "text", "text_mask", "target_mask", "instruction", "instruction_mask", "caption_id", "image_id"} and set(batch) <= set(GLOSSARY)
+    assert set(batch) == {"image", "text", "text_mask", "target_mask", "instruction", "instruction_mask", "caption_id", "image_id"}
+    assert set(batch) <= set(GLOSSARY)
     found, (meta,) = scored([{"prompt": "what colour is it", "text": ["red"]}], tokenizer, layout, 4, pieces)
     assert found["prompt"].tolist() == [[0, 0, 0, 2, *body("what colour is it")]]       # on the left: the reply follows
     assert found["prompt_mask"][0].tolist() == [False] * 3 + [True] * 5
@@ -215,7 +216,8 @@ def test_templates_have_known_slots_and_the_papers_are_marked():
     counted = {task: (len(found), {t.origin for t in found}) for task, found in templates.TEMPLATES.items()}
     assert counted["caption"] == (13, {"paper"}) and counted["vqa"] == (10, {"paper"}) and counted["vqg"] == (6, {"paper"})
     assert counted["vqa_ocr"] == (10, {"ours"}) and counted["scenes_vqa"][1] == {"ours"}
-    slots = templates.slots_of({"prompt": "what is it?", "choices": ["a cat", "a dog"], "slots": {"ocr": [str(i) for i in range(40)], "history": [("q", "a"), "b"]}})
+    slots = templates.slots_of({"prompt": "what is it?", "choices": ["a cat", "a dog"],
+                                "slots": {"ocr": [str(i) for i in range(40)], "history": [("q", "a"), "b"]}})
     assert templates.fill(templates.Template("{history}: {q} {choices} ({ocr})"), slots) == (
         "q a b: what is it? (a) a cat (b) a dog (" + ", ".join(map(str, range(30))) + ")")
     assert templates.rendered_choices(["x"] * 28)[-15:] == "(z) x (aa) x (ab) x"[-15:]
@@ -248,7 +250,8 @@ def test_a_template_is_drawn_for_each_example_and_fixed_in_evaluation(tokenizer)
 # ---- candidates
 
 def test_candidates_are_the_replies_that_may_be_chosen(tokenizer):
-    samples = [{"prompt": "what colour", "choices": ["red", "a blue circle"], "label": 1}, {"prompt": "how many", "choices": ["two", "one", "three"], "label": 0}]
+    samples = [{"prompt": "what colour", "choices": ["red", "a blue circle"], "label": 1},
+               {"prompt": "how many", "choices": ["two", "one", "three"], "label": 0}]
     rows = Rows(answers=3, answer_length=4, candidates=True)
     for marks, end in ((Marks(), [2]), (Marks(candidate_end="none"), [])):
         batch, meta = scored(samples, tokenizer, Layout("joined", prompt_length=8, marks=marks), 6, rows=rows)
@@ -399,7 +402,7 @@ def test_a_stage_tells_the_model_the_marks_that_it_reads():
     (dict(templates="vqa"), "templates='vqa' has no use with layout='plain'"),
     (dict(layout="joined", prompt_length=8, templates="vqaa"), "templates='vqaa' is no task; nearest: 'vqa'"),
     (dict(layout="joined", prompt_length=8, eval_template="{p}"), r"slot \{p\}; nearest: 'q'"),
-    (dict(layout="joined", prompt_length=8, instruction_length=8), "instruction_tokenizer='' and instruction_length=8.*nearest: instruction_tokenizer='scenes'"),
+    (dict(layout="joined", prompt_length=8, instruction_length=8), "instruction_tokenizer='' and instruction_length=8.*instruction_tokenizer='scenes'"),
     (dict(layout="joined", prompt_length=8, instruction_tokenizer="scenes"), "instruction_length=0.*nearest: instruction_length=32"),
     (dict(layout="apart", prompt_length=8, learned="row"), "learned='row' is of layout='joined'.*nearest: learned='reply'"),
     (dict(layout="apart", prompt_length=8, learned="rows"), "learned='rows'.*nearest: 'row'"),

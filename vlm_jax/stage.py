@@ -460,8 +460,8 @@ INHERIT = "init"      # as ``model``: that of the weights which the stage starts
 
 
 def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
-    """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length,
-    tokenizer, eval_augment, text_clean, and how text is laid out, where they say 0 or "". A key of ``model`` that says "init" has the origin's whole model, of whatever
+    """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length, tokenizer, eval_augment,
+    text_clean, and how text is laid out, where they say 0 or "". A key of ``model`` that says "init" has the origin's whole model, of whatever
     system: a teacher. Raises ConfigError for an origin that is of another system than it must be."""
     section = ConfigDict(configs.to_plain(config.stages[name]))
     plain = configs.to_plain(section)

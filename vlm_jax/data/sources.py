@@ -382,8 +382,8 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     """Opens a dataset.
 
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
-    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[:canonical]". "SPEC#train" and "SPEC#val" are the two sides of one
-    that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
+    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many.
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
     of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``: a rule for the shares instead, of
     ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
@@ -420,6 +420,8 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
         if side:
             raise ValueError(f"{spec}#{side}: scenes have splits of their own; nearest: 'scenes:{side}'")
         split, _, wording = rest.partition(":")
+        if wording.isdigit():
+            return open_scenes(split, count=int(wording))
         if wording not in ("", "canonical"):
             raise ValueError(f"{spec}: wording {wording!r} is not known; nearest: 'scenes:{split}:canonical'")
         return open_scenes(split, canonical_share=1.0 if wording else 0.5)

@@ -103,7 +103,6 @@ TEMPLATES: Mapping[str, tuple[Template, ...]] = {
                         "look at the picture and write a question with the answer: {a} question:"),
     "scenes_choice": _ours("question: {q} choose from: {choices} answer:", "{q}? {choices} the answer is"),
     "scenes_video": _ours("question: {q} short answer:", "{q}?", "look at all pictures and answer the question: {q} answer:"),
-    "scenes_text": _ours("{history} question: {q} short answer:", "{history} {q}?", "{history} q: {q} a:"),
 }
 
 

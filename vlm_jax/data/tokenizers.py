@@ -29,6 +29,7 @@ CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 BYTES_FROM = 1000
 WORDS_KEPT = 2**16       # ids of words that CLIP's tokenizer remembers
 CLIP_PACKAGES = ("open_clip", "clip")
+SCENES = ("scenes", "scenes_instruct")
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
 
@@ -344,8 +345,9 @@ KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "xlmr
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt"
-    (a word-piece vocabulary, lower case), or a directory written by ``save``.
+    """Opens "scenes" (of captions and questions), "scenes_instruct" (with the words of instructions), "clip", "clip:PATH",
+    "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt" (a word-piece vocabulary, lower
+    case), or a directory written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
@@ -355,8 +357,8 @@ def load(name: str) -> Tokenizer:
         return _load_saved(name)
     kind, colon, path = name.partition(":")
     path = os.path.expanduser(path)
-    if name == "scenes":
-        return SentencePieceTokenizer(_read(os.path.join(ASSETS, "scenes.model"), "the scenes' packaged tokenizer"))
+    if name in SCENES:
+        return SentencePieceTokenizer(_read(os.path.join(ASSETS, f"{name}.model"), "the scenes' packaged tokenizer"))
     if kind == "clip":
         return ClipTokenizer(_read(path, "CLIP's vocabulary") if path else _find_clip_vocabulary())
     if kind == "sentencepiece" and path:
@@ -367,7 +369,7 @@ def load(name: str) -> Tokenizer:
         return JsonTokenizer(_read_json(path))
     if kind == "bert" and path:
         return JsonTokenizer(_word_pieces(_read(path, "BERT's vocabulary")))
-    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "xlmr:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
+    valid = (*SCENES, "clip", "clip:PATH", "sentencepiece:PATH", "xlmr:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
     raise ValueError(f"tokenizer {name!r} is neither a known name nor a directory{nearest(name, valid)}")
 
 
