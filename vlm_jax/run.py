@@ -172,6 +172,7 @@ class StageRun:
     def check(self) -> None:
         """Raises ConfigError for sections that do not fit together, or that are not those the stage was started with."""
         for name, setting in self.evals.items():
+            self.stage.scored(setting.images, setting.template)
             if setting.kind not in evals.KINDS:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
@@ -355,7 +356,8 @@ class StageRun:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
-                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
+                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None, setting.images,
+                                                                               setting.template),
                                    tokenizer=stage.replies, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")

@@ -171,7 +171,8 @@ class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
     every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
-    fitted on, and what frequent answers are counted in, "" for data.train.
+    fitted on, and what frequent answers are counted in, "" for data.train. images, template: instead of data.images (frames of a video) and
+    data.eval_template.
     """
     kind: str
     data: Any = ""
@@ -179,6 +180,8 @@ class Eval:
     examples: int = 0
     batch: int = 128
     every: int | str = 0
+    images: int = 0
+    template: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -259,11 +262,12 @@ class Stage:
                               f"nearest: {tuple(own)}")
         return source
 
-    def eval_batches(self, source: Any, batch: int, examples: int | None) -> Iterator[dict[str, Any]]:
-        """Batches with ``meta`` beside the arrays, every sample once."""
+    def eval_batches(self, source: Any, batch: int, examples: int | None, images: int = 0, template: str = "") -> Iterator[dict[str, Any]]:
+        """Batches with ``meta`` beside the arrays, every sample once. images, template: instead of data.images and data.eval_template."""
+        keys = self.scored(images, template)
         with pipeline.eval_batches(source, self.tokenizer, batch=batch, size=self.data.size, length=self.data.length,
                                    augment=self.data.eval_augment or pipeline.EVAL_AUGMENT, limit=examples,
-                                   bad_budget=self.data.bad_budget, **self.beside) as batches:
+                                   bad_budget=self.data.bad_budget, **keys) as batches:
             for arrays, meta in batches:
                 real = iter(meta)
                 yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
@@ -275,6 +279,12 @@ class Stage:
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
             buckets=d.buckets, quarantine_path=str(quarantine), **self.beside)
+
+    def scored(self, images: int, template: str) -> dict[str, Any]:
+        """``beside`` for an evaluation with other images or another template, which stay as they are where it is 0 or "". Raises ConfigError."""
+        change = [("rows", "images", images), ("layout", "eval_template", template)]
+        return self.beside | {key: configs.call(dataclasses.replace, {}, f"stages.{self.name}.evals", self.beside[key], **{field: value})
+                              for key, field, value in change if value}
 
     @property
     def beside(self) -> dict[str, Any]:
