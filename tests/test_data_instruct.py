@@ -319,6 +319,11 @@ def test_frames_of_an_animation_are_spread_over_it(tokenizer, kind):
     assert batch["images"].shape == (1, 4, 8, 8, 3) and np.abs(batch["images"][0, :, 0, 0, 0].astype(int) - [0, 50, 125, 175]).max() <= 2
     with eval_batches(Samples(moving), tokenizer, **EVAL, batch=1, length=8) as batches:
         assert next(batches)[0]["image"].shape == (1, 8, 8, 3)      # one image: the first frame
+    with train_batches(Samples({"frames": [np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)] * 5, "text": ["x"]}), tokenizer,
+                       **OPTIONS | {"augment": "random_resized_crop(scale=0.1..0.5)|flip|color_jitter(0.4, 0.4, 0.4, 0.1)"}, batch=2, length=8,
+                       rows=Rows(images=3)) as batches:
+        drawn = next(batches)[1]["images"]
+    assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 0] == drawn[:, 2]).all() and (drawn[0] != drawn[1]).any()      # one way to cut a video
     still, cut = io.BytesIO(), Samples({"image": moving["image"][:-40], "text": ["x"]}, {"image": b"no picture", "text": ["x"]})
     Image.new("RGB", (9, 9)).save(still, "PNG")
     with eval_batches(Samples({"image": still.getvalue(), "text": ["x"]}), tokenizer, **EVAL, batch=1, length=8, rows=Rows(images=4)) as batches:

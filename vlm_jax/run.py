@@ -189,7 +189,9 @@ class StageRun:
                               "which there is no use in averaging with; nearest: 1.0")
         if (self.folder / "config.json").exists():
             started = configs.to_plain(configs.from_json((self.folder / "config.json").read_text()))
-            changed = configs.changes(configs.ConfigDict({**configs.DEFAULTS, **started}), self.stage.config)     # a key may be younger than the run
+            data = dataclasses.asdict(configs.call(stages.Data, started["data"], f"{self.folder / 'config.json'}: data"))
+            started = configs.ConfigDict({**configs.DEFAULTS, **started, "data": data})      # a key may be younger than the run
+            changed = configs.changes(started, self.stage.config)
             if changed:
                 raise ConfigError(f"{self.folder} was started with another config; changed: " + "; ".join(changed)
                                   + ". Use another --workdir, or the old values.")

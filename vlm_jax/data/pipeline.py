@@ -7,6 +7,7 @@ a reader process each (data/reader.py).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -64,10 +65,11 @@ class _Reader:
         for i, (row, rng) in enumerate(zip(rows, rngs)):
             if not isinstance(found[i], BadSample):
                 try:
+                    still = not self.rows.moving(found[i][1])      # frames are all turned and cut alike
                     for at, picture in enumerate(self.rows.pictures(found[i][1]), row * self.rows.images):
                         if isinstance(picture, bytes):
                             picture = ops.decode(picture, self.max_pixels)
-                        picture = self.chain.apply(picture, rng)
+                        picture = self.chain.apply(picture, rng if still else copy.deepcopy(rng))
                         pixels[at * each:(at + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
                 except BadSample as error:
                     found[i] = error
