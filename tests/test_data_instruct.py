@@ -18,6 +18,7 @@ from vlm_jax.data.pipeline import eval_batches, preview, train_batches
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import ConfigError
+from vlm_jax.loading import Model
 from vlm_jax.stage import fill_tokens, inherit, resolve
 
 OPTIONS = dict(size=8, augment="squash", seed=1, threads=0)
@@ -415,6 +416,27 @@ def test_a_model_that_goes_on_reads_as_the_one_it_came_from(tmp_path):
     assert "instruction_tokenizer" not in inherit(config, tmp_path, "pretrain").data      # who says "plain" has no use for the rest
 
 
+def test_a_loaded_model_replies_to_prompts():
+    stage = stage_of(layout="joined", prompt_length=6, length=8, instruction_tokenizer="scenes", instruction_length=6, marks=dict(begin=2), size=16)
+    model, seen = Model(stage, {}, {}), []
+
+    def generate(batch, **options):
+        seen.append((batch, options))
+        return {"text": np.concatenate([np.full((len(batch["image"]), 1), 2), batch["instruction"][:, 1:]], 1)}
+
+    model.predict = {"generate": generate}
+    picture = np.zeros((16, 16, 3), np.uint8)
+    assert model.reply(picture, ["is it red", "how many"], method="greedy") == ["is it red", "how many"]
+    batch, options = seen[0]
+    assert batch["image"].shape == (2, 16, 16, 3) and options == {"method": "greedy"}
+    assert batch["prompt"].tolist() == [[0, 0, 2, *model.tokenizer.body("is it red")], [0, 0, 0, 2, *model.tokenizer.body("how many")]]
+    assert model.reply([picture] * 3, "is it red") == ["is it red"] * 3
+    with pytest.raises(ConfigError, match="3 images and 2 prompts"):
+        model.reply([picture] * 3, ["a", "b"])
+    with pytest.raises(ConfigError, match="data.layout='plain' and reads no prompt; nearest: caption"):
+        Model(stage_of(), {}, {}).prompts("red")
+
+
 def test_what_a_run_is_told_of_its_text(tokenizer):
     source, layout = open_source("scenes:train/colour"), Layout("joined", prompt_length=40, templates="task", marks=Marks(begin=2))
     told = preview(source, tokenizers.load("scenes_instruct"), size=32, length=4, augment="squash", layout=layout, captions=32)
@@ -452,6 +474,7 @@ def test_a_stage_tells_the_model_the_marks_that_it_reads():
     (dict(layout="joined", prompt_length=8, prefix="word"), "prefix='word'.*nearest: 'words'"),
     (dict(layout="joined", prompt_length=8, marks=dict(begn=2)), "marks.begn=2 is not known; nearest: 'begin'"),
     (dict(layout="joined", prompt_length=8, marks=dict(end="none")), "marks.end='none' with marks.after=''.*nearest: end='eos'"),
+    (dict(layout="joined", prompt_length=8, marks=dict(end="none", after=" ")), "marks.after=' ' is no end.*nearest: end='eos'"),
     (dict(layout="joined", prompt_length=8, marks=dict(begin=-2)), "marks.begin=-2 is no id; nearest: -1"),
     (dict(layout="joined", prompt_length=8, images=2, swap="sides"), "swap='sides' is of captions.*nearest: swap=''"),
     (dict(layout="joined", prompt_length=8, answers=2, answer_length=4, classes=("a", "b")), r"answers=2 are candidates.*nearest: classes=\(\)")])

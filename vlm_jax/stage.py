@@ -199,10 +199,11 @@ class Stage:
     @functools.cached_property
     def replies(self) -> Any:
         """The tokenizer of what the system writes and of candidates, which may end otherwise than its texts; None without one."""
-        return None if self.tokenizer is None else self._writer.replies
+        return None if self.tokenizer is None else self.writer.replies
 
     @functools.cached_property
-    def _writer(self) -> Writer:
+    def writer(self) -> Writer:
+        """What lays text out; there is none without a tokenizer."""
         return Writer(self.data.text, self.tokenizer, self.data.length, self.instruction_tokenizer)
 
     @functools.cached_property

@@ -144,7 +144,12 @@ class Replies(Tokenizer):
         self.vocab_size = inner.vocab_size
         self.bos_id = inner.bos_id if marks.begin < 0 else marks.begin      # what is generated may begin with it
         self.pad_id = inner.pad_id if marks.pad < 0 else marks.pad
-        self.eos_id = inner.eos_id if marks.end == "eos" else inner.body(marks.after)[-1]
+        self.eos_id = inner.eos_id
+        if marks.end == "none":
+            alone, behind = inner.body(marks.after), inner.body("a" + marks.after)
+            if not alone or alone[-1] != behind[-1]:
+                raise ValueError(f"marks.after={marks.after!r} is no end: the tokenizer has no id for it behind a word; nearest: end='eos'")
+            self.eos_id = alone[-1]
         if self.eos_id is None:
             raise ValueError("marks.end='eos', but the tokenizer has no end; nearest: end='none' with after='\\n'")
 
