@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import tokenizers as library
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tests import tiny
@@ -447,16 +448,16 @@ def test_what_a_run_is_told_of_its_text(tokenizer):
 
 def test_a_stage_tells_the_model_the_marks_that_it_reads():
     layout = dict(layout="joined", prompt_length=8, instruction_tokenizer="scenes", instruction_length=8)
-    tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
     stage = stage_of(marks=dict(begin=2, pad=900), **layout)
     assert stage.config.model.tokens.to_dict() == dict(vocab=901, bos=2, eos=2, pad=900)      # a row of its own for padding
     other = tokenizers.load("scenes")
-    section = stage.config.model.tokens.__class__(dict(tokens, dec=-1))
+    section, wrong = ConfigDict(dict(vocab=-1, bos=-1, dec=-1)), ConfigDict(dict(bos=7))
     fill_tokens(section, other, {"bos": 1, "eos": 2, "pad": 0}, "model.instruction_tokens", "scenes")
-    assert section.to_dict() == dict(vocab=other.vocab_size + 1, bos=1, eos=2, pad=0, dec=other.vocab_size)
-    wrong = stage.config.model.tokens.__class__(dict(tokens, bos=7))
+    assert section.to_dict() == dict(vocab=other.vocab_size + 1, bos=1, dec=other.vocab_size)
     with pytest.raises(ConfigError, match=r"instruction_tokens\.bos=7, but tokenizer 'scenes' has 1; nearest: 1"):
         fill_tokens(wrong, other, {"bos": 1, "eos": 2, "pad": 0}, "model.instruction_tokens", "scenes")
+    with pytest.raises(ConfigError, match=r"instruction_tokens\.vocab=-1 is the instruction tokenizer's.*nearest: 'scenes'"):
+        stage_of(dict(instruction_tokens=dict(vocab=-1)), layout="joined", prompt_length=8)
 
 
 @pytest.mark.parametrize("data,message", [

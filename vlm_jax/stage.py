@@ -335,6 +335,10 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
             begin, marked = data.text.marks.begin, writer.replies
             ids = {"bos": tokenizer.bos_id if begin < 0 else begin, "eos": marked.eos_id, "pad": marked.pad_id}
             fill_tokens(stage_config.model.tokens, tokenizer, ids, f"stages.{name}.model.tokens", data.tokenizer)
+    unknown = [key for key, value in stage_config.model.get("instruction_tokens", {}).items() if value == -1]
+    if unknown and instruction_tokenizer is None:
+        raise ConfigError(f"stages.{name}.model.instruction_tokens.{unknown[0]}=-1 is the instruction tokenizer's, and data.instruction_tokenizer is ''; "
+                          f"nearest: {data.tokenizer!r}")
     if instruction_tokenizer is not None and "instruction_tokens" in stage_config.model:
         ids = {"bos": instruction_tokenizer.bos_id, "eos": instruction_tokenizer.eos_id, "pad": instruction_tokenizer.pad_id}
         fill_tokens(stage_config.model.instruction_tokens, instruction_tokenizer, ids, f"stages.{name}.model.instruction_tokens", data.instruction_tokenizer)
