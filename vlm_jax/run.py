@@ -172,6 +172,7 @@ class StageRun:
     def check(self) -> None:
         """Raises ConfigError for sections that do not fit together, or that are not those the stage was started with."""
         for name, setting in self.evals.items():
+            self.stage.scored(setting.images, setting.template)
             if setting.kind not in evals.KINDS:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
@@ -188,7 +189,9 @@ class StageRun:
                               "which there is no use in averaging with; nearest: 1.0")
         if (self.folder / "config.json").exists():
             started = configs.to_plain(configs.from_json((self.folder / "config.json").read_text()))
-            changed = configs.changes(configs.ConfigDict({**configs.DEFAULTS, **started}), self.stage.config)     # a key may be younger than the run
+            data = dataclasses.asdict(configs.call(stages.Data, started["data"], f"{self.folder / 'config.json'}: data"))
+            started = configs.ConfigDict({**configs.DEFAULTS, **started, "data": data})      # a key may be younger than the run
+            changed = configs.changes(started, self.stage.config)
             if changed:
                 raise ConfigError(f"{self.folder} was started with another config; changed: " + "; ".join(changed)
                                   + ". Use another --workdir, or the old values.")
@@ -275,7 +278,7 @@ class StageRun:
             raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
                               "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, rows=stage.data.rows)
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, **stage.beside)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
@@ -286,6 +289,8 @@ class StageRun:
         record = self.record_start(start, told)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
+        if stage.instruction_tokenizer is not None:
+            stage.instruction_tokenizer.save(folder / "instruction_tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
         if start < self.total and not stage.data.buckets:
@@ -356,8 +361,9 @@ class StageRun:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
-                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
-                                   tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
+                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None, setting.images,
+                                                                               setting.template),
+                                   tokenizer=stage.replies, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")
                 scores[f"{name}/{tail}" if tail else f"{name}/{head}"] = float(value)
