@@ -61,23 +61,21 @@ class Folder:
             found = next((root for root in roots for name in names(row) if os.path.exists(os.path.join(root, name))), None)
             if found:
                 return found
-        told = ", ".join(os.path.join(self.path, folder) for folder in folders)
-        raise FileNotFoundError(f"{self.title}: no image {names(rows[0])[0]}{and_more(len(rows))} of {len(rows)} that were looked for in {told}; "
-                                f"images belong there, or in the folder coco beside {self.path} where they are COCO's")
+        told = ", ".join(dict.fromkeys(os.path.normpath(os.path.join(self.path, folder)) for folder in folders))
+        raise FileNotFoundError(f"{self.title}: no image {names(rows[0])[0]}{and_more(len(rows))} of {len(rows)} that were looked for in {told}, its folder "
+                                f"images, and the folder coco beside {self.path}; move or link the images there")
 
 
 def read_image(root: str, name: str) -> bytes:
-    """An image's bytes; where there is none of that name, a .jpg. Raises BadSample."""
+    """An image's bytes. Raises BadSample."""
     path = os.path.join(root, name)
-    for tried in (path, f"{os.path.splitext(path)[0]}.jpg"):
-        try:
-            with open(tried, "rb") as file:
-                return file.read()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise BadSample("unreadable_file", f"{tried}: {error.strerror}") from None
-    raise BadSample("missing_image", path)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise BadSample("missing_image", path) from None
+    except OSError as error:
+        raise BadSample("unreadable_file", f"{path}: {error.strerror}") from None
 
 
 class Frames(Sequence):

@@ -118,9 +118,9 @@ class OcrVqa(Reader):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def image(self, i: int) -> str:
+    def images(self, i: int) -> Sequence[str]:
         name, value = self.rows.item(self.parts[i][0])
-        return name + (os.path.splitext(value["imageURL"])[1] or ".jpg")
+        return name + os.path.splitext(value["imageURL"])[1], f"{name}.jpg"
 
     def row(self, i: int) -> Mapping[str, Any]:
         record, number = self.parts[i]
