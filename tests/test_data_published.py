@@ -13,10 +13,10 @@ from PIL import Image
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.batch import validate
 from vlm_jax.data.json_index import scan
+from vlm_jax.data.layouts import Layout
 from vlm_jax.data.pipeline import eval_batches, train_batches
 from vlm_jax.data.published import SETS
 from vlm_jax.data.rows import Rows
-from vlm_jax.data.scenes import TOKENIZER
 from vlm_jax.data.sources import left_out, open_source
 from vlm_jax.data.templates import TEMPLATES, fill, slots_of
 from vlm_jax.data.tokenizers import load
@@ -155,12 +155,14 @@ def test_vqas_two_files(tmp_path, name, prefix):
     source = published(tmp_path, name, "train")
     assert len(source) == 2 and "no answers to question 10000" in left_out(source)
     sample = source[0]
-    assert sample["text"] == ["How many cats?"] and sample["all_answers"] == TEN == source.read_answers(0)
-    assert sample["answers"] == ["two", "2", "three", "a red one"] and sample["answer_weights"] == [0.6, 0.2, 0.1, 0.1]
+    assert sample["prompt"] == "How many cats?" and sample["text"] == sample["answers"] == source.read_text(0) and sample["all_answers"] == TEN == source.read_answers(0)
+    assert sample["answers"] == ["two", "2", "three", "a red one"] and sample["answer_weights"] == sample["text_weight"] == [0.6, 0.2, 0.1, 0.1]
     assert sample["kind"] == "number" and sample["question_id"] == 9000 and source.key(1) == "train2014/COCO_train2014_000000000009.jpg"
     assert prompts(sample)[4] == "Question: How many cats? Short answer:" and source[1]["answers"] == ["sun"]
+    plain = published(tmp_path, name, "train", caption="json:question")[0]
+    assert plain["text"] == ["How many cats?"] and plain["answers"][0] == "two" and "prompt" not in plain and "task" not in plain
     turned = published(tmp_path, f"vqg_{name}", "train")
-    assert turned[0]["text"] == ["How many cats?"] and "answers" not in turned[0] and not turned.read_answers(0)
+    assert turned[0]["text"] == ["How many cats?"] and "answers" not in turned[0] and "prompt" not in turned[0] and not turned.read_answers(0)
     assert prompts(turned[0])[0] == "Given the image, generate a question whose answer is: two. Question:"
 
 
@@ -169,7 +171,7 @@ def test_test_questions_have_no_answers(tmp_path):
     write(tmp_path, "v2_OpenEnded_mscoco_test-dev2015_questions.json",
           {"questions": [{"image_id": 1, "question": "Is it?", "question_id": 1000}], "data_subtype": "test2015"})
     source = published(tmp_path, "vqav2", "test-dev")
-    assert source[0]["text"] == ["Is it?"] and "answers" not in source[0] and source.read_answers(0) == []
+    assert source[0]["prompt"] == "Is it?" and source[0]["text"] == [] and "answers" not in source[0] and source.read_answers(0) == []
 
 
 def test_vizwiz(tmp_path):
@@ -225,7 +227,7 @@ def test_ocrvqa_is_a_sample_a_question(tmp_path):
     picture(tmp_path, "images/0761.jpg")      # fetched as .gif, turned into a .jpg
     picture(tmp_path, "images/0762.jpg")
     source = published(tmp_path, "ocrvqa", "train")
-    assert [source[i]["text"] for i in range(2)] == [["Who?"], ["What?"]] and source[1]["answers"] == ["T"] and len(source) == 4
+    assert [source[i]["prompt"] for i in range(2)] == ["Who?", "What?"] and source[1]["answers"] == ["T"] and len(source) == 4
     assert source[1]["question_id"] == "0761/1" and source.key(0) == source.key(1) == "0761.gif" and reason(source, 2) == "missing_image"
     assert len(published(tmp_path, "ocrvqa", "test")) == 2
 
@@ -245,7 +247,7 @@ def test_textvqa_and_gqa(tmp_path):
     write(tmp_path, "questions1.2/testdev_balanced_questions.json", {"20968379": item})
     picture(tmp_path, "images/n161313.jpg")
     sample = published(tmp_path, "gqa", "testdev")[0]
-    assert sample["text"] == ["Is it red?"] and sample["answers"] == ["no"] and sample["kind"] == "verify" and sample["question_id"] == "20968379"
+    assert sample["prompt"] == "Is it red?" and sample["answers"] == ["no"] and sample["kind"] == "verify" and sample["question_id"] == "20968379"
 
 
 # ---- choices and statements
@@ -258,7 +260,7 @@ def test_vsr_and_hateful_memes(tmp_path):
     source = published(tmp_path, "vsr", "test")
     assert source.classes == ["no", "yes"] and [source[i]["label"] for i in range(2)] == [1, 0] and source[1]["text"] == ["no"]
     assert source[0]["prompt"].startswith("The bear") and 'statement true or false? "The bear' in prompts(source[0])[0]
-    assert published(tmp_path, "vsr", "test", caption="json:prompt")[0]["text"] == ["The bear is in front of the person."]      # to classify
+    assert published(tmp_path, "vsr", "test", caption="json:question")[0]["text"] == ["The bear is in front of the person."]      # to classify
 
     memes = [{"id": 42953, "img": "img/42953.png", "label": 0, "text": "its their character"}, {"id": 2, "img": "img/2.png", "text": "no label"}]
     write(tmp_path, "dev_seen.jsonl", memes)
@@ -290,7 +292,7 @@ def test_llava_instruct(tmp_path):
                                               talk("What?", "That.", image=None)])
     source = published(tmp_path, "llava_conversation", "train")
     assert len(source) == 2 and "has no image" in left_out(source)
-    assert source[0]["turns"] == [("What colour?", "Red."), ("And there?", "Blue.")] and "task" not in source[0] and reason(source, 1) == "bad_turns"
+    assert source[0]["turns"] == [("What colour?", "Red."), ("And there?", "Blue.")] and source[0]["text"] == [] and "task" not in source[0] and reason(source, 1) == "bad_turns"
     for name, file in (("llava_detail", "detail_23k.json"), ("llava_reasoning", "complex_reasoning_77k.json")):
         write(tmp_path, file, [talk("Describe it.\n<image>", "A bus.")])
         assert published(tmp_path, name, "train")[0]["turns"] == [("Describe it.", "A bus.")]
@@ -384,16 +386,51 @@ def test_splits_and_batches(tmp_path):
     write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": [
         {"question_id": 10 * k, "answer_type": "yes/no", "answers": [{"answer": "yes"}, {"answer": "yes"}, {"answer": "no"}]} for k in range(40)]})
     spec = f"published:vqav2:train:{tmp_path}"
-    sides = [open_source(f"{spec}#{side}:30") for side in ("train", "val")]
+    sides = [open_source(f"{spec}#{side}:30", caption="json:question") for side in ("train", "val")]
     assert len(sides[0]) + len(sides[1]) == 40 and sides[1].read_answers(0) == ["yes", "yes", "no"]
-    tokenizer, rows = load(f"sentencepiece:{TOKENIZER}"), Rows(answers=2, answer_length=4)
-    with train_batches(sides[0], tokenizer, batch=4, size=8, length=8, augment="squash", seed=0, threads=0, rows=rows) as batches:
+    tokenizer, rows, options = load("scenes"), Rows(answers=2, answer_length=4), dict(batch=4, size=8, length=8, augment="squash", threads=0)
+    with train_batches(sides[0], tokenizer, seed=0, rows=rows, **options) as batches:      # for systems that read questions as texts
         _, batch = next(batches)
     validate(batch)
     assert batch["answer_mask"].any(-1).all() and np.allclose(batch["answer_weight"], [2 / 3, 1 / 3])
-    with eval_batches(sides[1], tokenizer, batch=4, size=8, length=8, augment="squash", threads=0, rows=rows) as batches:
+    with eval_batches(sides[1], tokenizer, rows=rows, **options) as batches:
         batch, meta = next(batches)
     assert meta[0]["answers"] == ["yes", "yes", "no"] and meta[0]["kind"] == "yes/no" and meta[0]["captions"][0].startswith("is it")
+
+
+def text_of(tokenizer, ids, mask):
+    return tokenizer.decode(ids[mask].tolist())
+
+
+def test_instructions_as_batches(tmp_path):
+    vqa(tmp_path)
+    picture(tmp_path, "img/1.png")
+    write(tmp_path, "dev.jsonl", [{"id": 1, "img": "img/1.png", "label": 1, "text": "red circle"}])
+    write(tmp_path, "detail_23k.json", [{"id": "9", "image": "COCO_train2014_000000000009.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": "a square"}]}])
+    picture(tmp_path, "train2017/COCO_train2014_000000000009.jpg")
+    picture(tmp_path, "frames/video7/1.jpg")
+    write(tmp_path, "test_qa.json", [{"answer": "blue", "category_id": 1, "id": 5, "question": "what colour?", "video_id": 7}])
+    tokenizer, layout = load("scenes"), Layout("joined", prompt_length=48, templates="task")
+    options = dict(batch=1, size=8, length=8, augment="squash", threads=0, layout=layout)
+    said = {}
+    for name, split in (("okvqa", "train"), ("vqg_vqav2", "train"), ("llava_detail", "train"), ("hateful_memes", "val"), ("msrvtt_qa", "test")):
+        if name == "okvqa":
+            vqa(tmp_path, "")
+        source, rows = open_source(f"published:{name}:{split}:{tmp_path}"), Rows(images=2 if SETS[name].video else 1, answers=2, answer_length=4)
+        with train_batches(source, tokenizer, seed=0, rows=rows, **options) as batches:
+            _, batch = next(batches)
+        validate(batch)
+        assert batch["target_mask"].any() and (not SETS[name].video or batch["images"].shape == (1, 2, 8, 8, 3))
+        with eval_batches(source, tokenizer, rows=rows, **options) as batches:
+            batch, (meta,) = next(batches)
+        validate(batch)
+        said[name] = meta
+        if "choices" in meta:
+            assert batch["label"].tolist() == [1] and [text_of(tokenizer, ids, mask) for ids, mask in zip(batch["answer"][0], batch["answer_mask"][0])] == ["no", "yes"]
+    assert said["okvqa"]["question"] == "How many cats?" and said["okvqa"]["answers"] == TEN and said["llava_detail"]["captions"] == ["a square"]
+    assert said["vqg_vqav2"]["question"].endswith("whose answer is: two. Question:") and said["vqg_vqav2"]["captions"] == ["How many cats?"]
+    assert '"red circle"' in said["hateful_memes"]["question"] and said["msrvtt_qa"]["question"] == "Question: what colour? Short answer:"
 
 
 def test_places_in_json_are_found_across_windows(tmp_path, monkeypatch):

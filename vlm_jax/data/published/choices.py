@@ -20,7 +20,7 @@ def chosen(question: str, choices: Sequence[str], label: int, **more: Any) -> di
     choices = [str(choice) for choice in choices]
     if not 0 <= label < len(choices):
         raise BadSample("unknown_label", f"label {label} of {len(choices)} choices")
-    return {"text": choices[label], "prompt": question, "slots": {"q": question}, "choices": choices, "label": label, **more}
+    return {"question": question, "text": choices[label], "choices": choices, "label": label, **more}
 
 
 class AokVqaChoice(AokVqa):
@@ -55,7 +55,7 @@ class ScienceQa(Reader):
         name, value = self.rows.item(i)
         row = chosen(value["question"], value["choices"], value["answer"], question_id=name, kind=value.get("subject", ""))
         hint = value.get("hint", "").strip()
-        return {**row, "task": "choice_context", "slots": {**row["slots"], "history": hint}} if hint else row
+        return {**row, "task": "choice_context", "slots": {"history": hint}} if hint else row
 
 
 class IconQa(Reader):
@@ -117,5 +117,4 @@ class HatefulMemes(Reader):
 
     def row(self, i: int) -> Mapping[str, Any]:
         value = self.rows[i]
-        row = chosen(value["text"], NO_YES, int(value["label"]), question_id=value["id"])
-        return {**row, "slots": {**row["slots"], "ocr": value["text"]}}
+        return chosen(value["text"], NO_YES, int(value["label"]), question_id=value["id"], slots={"ocr": value["text"]})

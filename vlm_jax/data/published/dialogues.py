@@ -35,7 +35,7 @@ class Llava(Reader):
         if len(said) % 2 or not said or any(who != ("human", "gpt")[k % 2] for k, (who, _) in enumerate(said)):
             raise BadSample("bad_turns", f"conversation {value.get('id')} is no exchange of human and gpt")
         turns = [(prompt, reply) for (_, prompt), (_, reply) in zip(said[::2], said[1::2])]
-        return {"text": [reply for _, reply in turns], "turns": turns, "question_id": value.get("id")}
+        return {"turns": turns, "question_id": value.get("id")}
 
 
 class VisDial(Reader):
@@ -86,10 +86,9 @@ class VisDial(Reader):
             history.append(f"{_question(self.questions[turn['question']])} {self.answers[turn['answer']]}.")
         turn = turns[number]
         row = chosen(_question(self.questions[turn["question"]]), [self.answers[k] for k in turn["answer_options"]], turn["gt_index"],
-                     question_id=f"{value['image_id']}/{number + 1}")
+                     question_id=f"{value['image_id']}/{number + 1}", slots={"history": " ".join(history)})
         judged = self.judged.get((value["image_id"], number))
-        return {**row, "slots": {**row["slots"], "history": " ".join(history)},
-                **({"relevance": self.relevance[judged]["gt_relevance"]} if judged is not None else {})}
+        return {**row, "relevance": self.relevance[judged]["gt_relevance"]} if judged is not None else row
 
 
 def _question(text: str) -> str:

@@ -15,13 +15,13 @@ from vlm_jax.data.published.reader import Parts, Reader, match
 
 def asked(question: str, answers: Sequence[str], **more: Any) -> dict[str, Any]:
     """The row of a question; without answers where nobody was asked."""
-    return {"text": question, "slots": {"q": question}, **({"answers": list(answers)} if answers else {}), **more}
+    return {"question": question, **({"answers": list(answers)} if answers else {}), **more}
 
 
 def turned(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row of an answer to which the question is sought: the one given most often, the first of equals."""
-    answer, = collections.Counter(row["answers"]).most_common(1)
-    return {"text": row["text"], "slots": {"a": answer[0]}, "question_id": row.get("question_id")}
+    (answer, _), = collections.Counter(row["answers"]).most_common(1)
+    return {"text": row["question"], "slots": {"a": answer}, "question_id": row["question_id"]}
 
 
 class Vqa(Reader):
@@ -143,7 +143,7 @@ class TextVqa(Reader):
     def row(self, i: int) -> Mapping[str, Any]:
         value = self.rows[i]
         row, ocr = asked(value["question"], value.get("answers", ()), question_id=value["question_id"]), self.words[value["image_id"]]
-        return {**row, "task": "vqa_ocr", "slots": {**row["slots"], "ocr": ocr}} if ocr else row
+        return {**row, "task": "vqa_ocr", "slots": {"ocr": ocr}} if ocr else row
 
 
 class Gqa(Reader):

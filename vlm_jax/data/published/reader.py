@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Reader:
     """One split of a data set. Subclasses index its files when they are made, and read a row of them.
 
-    A row: {"text": captions, the question of what has answers, or replies; and where there are any "answers" as given, "choices" with
-    "label", "prompt", "turns", "slots", "task" where it is not the table's, "kind", "question_id"}.
+    A row: {"text": captions, or the reply; where there are any "question" with "answers" as given, or "choices" with "label"; "turns"; "slots",
+    "task" where it is not the table's, "kind", "question_id"}.
     """
 
     def __init__(self, entry: DataSet, split: str, folder: Folder):

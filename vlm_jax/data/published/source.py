@@ -18,9 +18,11 @@ from vlm_jax.errors import nearest
 class PublishedSource(RecordSource):
     """"SET:SPLIT:DIR", one split of a data set of ``table.SETS`` whose files lie in DIR.
 
-    Samples are those of ``RecordSource`` with ``task`` and ``slots`` for the templates (data/templates.py), and ``prompt``, ``choices`` with
-    ``label``, ``turns`` or ``frames`` where the data set has them (data/batch.py says what they mean). Key = the name of the image, or of
-    the video's folder. Memory: 12 bytes a row, 28 a question in VQA's two files.
+    Samples are those of ``RecordSource`` with ``task`` and ``slots`` for the templates (data/templates.py), and ``prompt`` (a question), ``choices``
+    with ``label``, ``turns`` or ``frames`` where the data set has them (data/batch.py says what they mean); ``text`` are the replies: captions, or
+    answers by the shares of those who gave them; [] in test splits without answers. ``caption`` names another field to be the text, with neither
+    prompt nor task: "json:question" for systems that read questions there. Key = the name of the image, or of the video's folder. Memory: 12 bytes
+    a row, 28 a question in VQA's two files.
 
     Raises ValueError for an unknown set or split, or a file that cannot be read, FileNotFoundError where a file or the images are missing; all name
     what is there instead.
@@ -37,6 +39,7 @@ class PublishedSource(RecordSource):
         if not folder:
             raise ValueError(f"published:{path} names no folder; write published:{name}:{split}:DIR")
         self.entry, self.set, self.split = entry, name, split
+        self._own_text = caption is None
         super().__init__(f"published:{path}", caption or "json:text", None, classes, answer or "json:answers")
         place = Folder(entry.title, folder, entry.within)
         try:
@@ -84,18 +87,24 @@ class PublishedSource(RecordSource):
         frames = Frames(os.path.join(self._root, name))
         return {"image": frames[len(frames) // 2], "frames": frames}
 
+    def _read_captions(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
+        row = record["json"]
+        if self._own_text and "answers" in row:
+            found = self._read_answers(record)
+            return found.get("answers", []), found.get("answer_weights", [])
+        if self._own_text and "text" not in row:
+            return [], []
+        return super()._read_captions(record)
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = self._check(i)
         record = self.record(i)
         row = record["json"]
         texts, weights = self._read_captions(record)
-        sample = {"key": self.key(i), "image": record["image"], "text": texts, "text_weight": weights, "task": row.get("task", self.entry.task),
-                  **self._read_answers(record), **{name: row[name] for name in _TAKEN if row.get(name) is not None}, "json": row}
-        if "frames" in record:
-            sample["frames"] = record["frames"]
-        if not sample["task"]:
-            del sample["task"]
-        return sample
-
-
-_TAKEN = ("prompt", "slots", "choices", "label", "turns", "kind", "question_id")      # of a row, as they are
+        sample = {"key": self.key(i), "text": texts, "text_weight": weights, **self._read_answers(record),
+                  **{name: value for name, value in record.items() if name != "json"},
+                  **{name: row[name] for name in ("choices", "label", "turns", "kind", "question_id") if row.get(name) is not None}, "json": row}
+        if not self._own_text:
+            return sample
+        told = {"prompt": row.get("question"), "task": row.get("task", self.entry.task), "slots": row.get("slots")}
+        return sample | {name: value for name, value in told.items() if value}
