@@ -155,7 +155,8 @@ def test_vqas_two_files(tmp_path, name, prefix):
     source = published(tmp_path, name, "train")
     assert len(source) == 2 and "no answers to question 10000" in left_out(source)
     sample = source[0]
-    assert sample["prompt"] == "How many cats?" and sample["text"] == sample["answers"] == source.read_text(0) and sample["all_answers"] == TEN == source.read_answers(0)
+    assert sample["prompt"] == "How many cats?" and sample["text"] == sample["answers"] == source.read_text(0)
+    assert sample["all_answers"] == TEN == source.read_answers(0)
     assert sample["answers"] == ["two", "2", "three", "a red one"] and sample["answer_weights"] == sample["text_weight"] == [0.6, 0.2, 0.1, 0.1]
     assert sample["kind"] == "number" and sample["question_id"] == 9000 and source.key(1) == "train2014/COCO_train2014_000000000009.jpg"
     assert prompts(sample)[4] == "Question: How many cats? Short answer:" and source[1]["answers"] == ["sun"]
@@ -205,8 +206,9 @@ def test_aokvqa_in_words_by_choice_and_turned_round(tmp_path):
 
 def test_scienceqa_keeps_what_has_an_image(tmp_path):
     def problem(**more):
-        return {"question": "Which is solid?", "choices": ["air", "ice"], "answer": 1, "hint": "", "image": "image.png", "task": "closed choice", "grade": "grade4",
-                "subject": "natural science", "topic": "t", "category": "c", "skill": "s", "lecture": "l", "solution": "s", "split": "test", **more}
+        return {"question": "Which is solid?", "choices": ["air", "ice"], "answer": 1, "hint": "", "image": "image.png", "task": "closed choice",
+                "grade": "grade4", "subject": "natural science", "topic": "t", "category": "c", "skill": "s", "lecture": "l", "solution": "s",
+                "split": "test", **more}
 
     write(tmp_path, "problems.json", {"1": problem(image=None), "2": problem(), "3": problem(hint="Ice is cold."), "4": problem(split="train"),
                                       "5": problem(answer=7), "6": problem(image=None)})
@@ -242,8 +244,8 @@ def test_textvqa_and_gqa(tmp_path):
     assert sample["task"] == "vqa_ocr" and prompts(sample)[1].startswith("OCR tokens: STOP, 0,") and prompts(sample)[1].endswith("Question: what is the brand?")
     assert sample["answers"] == ["nous les gosses"] and len(sample["all_answers"]) == 10
 
-    item = {"question": "Is it red?", "imageId": "n161313", "answer": "no", "fullAnswer": "No, it is not.", "isBalanced": True, "groups": {"global": None},
-            "types": {"structural": "verify", "semantic": "attr", "detailed": "verifyAttr"}, "entailed": "", "equivalent": "", "semantic": [], "annotations": {}}
+    item = {"question": "Is it red?", "imageId": "n161313", "answer": "no", "fullAnswer": "No, it is not.", "isBalanced": True, "groups": {},
+            "types": {"structural": "verify", "semantic": "attr", "detailed": "verifyAttr"}, "entailed": "", "equivalent": "", "semantic": []}
     write(tmp_path, "questions1.2/testdev_balanced_questions.json", {"20968379": item})
     picture(tmp_path, "images/n161313.jpg")
     sample = published(tmp_path, "gqa", "testdev")[0]
@@ -292,7 +294,8 @@ def test_llava_instruct(tmp_path):
                                               talk("What?", "That.", image=None)])
     source = published(tmp_path, "llava_conversation", "train")
     assert len(source) == 2 and "has no image" in left_out(source)
-    assert source[0]["turns"] == [("What colour?", "Red."), ("And there?", "Blue.")] and source[0]["text"] == [] and "task" not in source[0] and reason(source, 1) == "bad_turns"
+    assert source[0]["turns"] == [("What colour?", "Red."), ("And there?", "Blue.")]
+    assert source[0]["text"] == [] and "task" not in source[0] and reason(source, 1) == "bad_turns"
     for name, file in (("llava_detail", "detail_23k.json"), ("llava_reasoning", "complex_reasoning_77k.json")):
         write(tmp_path, file, [talk("Describe it.\n<image>", "A bus.")])
         assert published(tmp_path, name, "train")[0]["turns"] == [("Describe it.", "A bus.")]
@@ -372,7 +375,7 @@ def test_errors_name_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}x; nearest: '{tmp_path.name}'"):
         open_source(f"published:vqav2:train:{tmp_path}x")
     for content, said in [('{"questions": [', "cannot be read as JSON from byte 15 of 15"), ('{"question": []}', "holds no 'questions'; nearest: 'question'"),
-                          ('{"questions": [{"id": 3}]}', "is not as VQAv2 is published: KeyError 'question_id'"), ("", "is empty")]:
+                          ('{"questions": []}', "holds no row of the split 'train'"), ('{"questions": [{"id": 3}]}', "is not as VQAv2 is published: KeyError 'question_id'"), ("", "is empty")]:
         (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(content)
         with pytest.raises(ValueError, match=said):
             open_source(f"published:vqav2:train:{tmp_path}")
@@ -427,7 +430,8 @@ def test_instructions_as_batches(tmp_path):
         validate(batch)
         said[name] = meta
         if "choices" in meta:
-            assert batch["label"].tolist() == [1] and [text_of(tokenizer, ids, mask) for ids, mask in zip(batch["answer"][0], batch["answer_mask"][0])] == ["no", "yes"]
+            ids, mask = batch["answer"][0], batch["answer_mask"][0]
+            assert batch["label"].tolist() == [1] and [text_of(tokenizer, ids[k], mask[k]) for k in range(2)] == ["no", "yes"]
     assert said["okvqa"]["question"] == "How many cats?" and said["okvqa"]["answers"] == TEN and said["llava_detail"]["captions"] == ["a square"]
     assert said["vqg_vqav2"]["question"].endswith("whose answer is: two. Question:") and said["vqg_vqav2"]["captions"] == ["How many cats?"]
     assert '"red circle"' in said["hateful_memes"]["question"] and said["msrvtt_qa"]["question"] == "Question: what colour? Short answer:"

@@ -49,7 +49,7 @@ class PublishedSource(RecordSource):
             raise ValueError(f"published:{path}: {files} is not as {entry.title} is published: {type(error).__name__} {error}") from error
         self._reader.refuse_empty()
         self.counts, self.first = self._reader.counts, self._reader.first
-        if entry.labels and classes is None:
+        if entry.labels:      # their numbers are the files' own
             self._classes = list(entry.labels)
         self._root = place.image_root(entry.images[split], len(self), self._reader.images)
 
