@@ -260,7 +260,7 @@ def test_vsr_and_hateful_memes(tmp_path):
          "annotator_id": 31, "vote_true_validator_id": [2], "vote_false_validator_id": []} for label in (1, 0)])
     picture(tmp_path, "images/000000050403.jpg")
     source = published(tmp_path, "vsr", "test")
-    assert source.classes == ["no", "yes"] and [source[i]["label"] for i in range(2)] == [1, 0] and source[1]["text"] == ["no"]
+    assert source.classes == ["no", "yes"] == [words[0] for words in SETS["vsr"].labels] and [source[i]["label"] for i in range(2)] == [1, 0] and source[1]["text"] == ["no"]
     assert source[0]["prompt"].startswith("The bear") and 'statement true or false? "The bear' in prompts(source[0])[0]
     assert published(tmp_path, "vsr", "test", caption="json:question")[0]["text"] == ["The bear is in front of the person."]      # to classify
 
@@ -374,8 +374,10 @@ def test_errors_name_what_is_there(tmp_path):
         open_source(f"published:vqav2:val:{tmp_path}")
     with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}x; nearest: '{tmp_path.name}'"):
         open_source(f"published:vqav2:train:{tmp_path}x")
-    for content, said in [('{"questions": [', "cannot be read as JSON from byte 15 of 15"), ('{"question": []}', "holds no 'questions'; nearest: 'question'"),
-                          ('{"questions": []}', "holds no row of the split 'train'"), ('{"questions": [{"id": 3}]}', "is not as VQAv2 is published: KeyError 'question_id'"), ("", "is empty")]:
+    for content, said in [
+            ('{"questions": [', "cannot be read as JSON from byte 15 of 15"), ('{"question": []}', "holds no 'questions'; nearest: 'question'"),
+            ('{"questions": []}', "holds no row of the split 'train'"), ("", "is empty"),
+            ('{"questions": [{"id": 3}]}', "is not as VQAv2 is published: KeyError 'question_id'")]:
         (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(content)
         with pytest.raises(ValueError, match=said):
             open_source(f"published:vqav2:train:{tmp_path}")

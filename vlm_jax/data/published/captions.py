@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.data.json_index import scan
-from vlm_jax.data.published.reader import Groups, Reader
+from vlm_jax.data.published.reader import Groups, Listed, Reader
 
 
-class Karpathy(Reader):
+class Karpathy(Listed):
     """{"images": [{"filename", "filepath" (COCO's), "split", "sentences": [{"raw"}], ...}]}."""
 
-    def index(self) -> None:
-        self.rows = scan(self.files[0], {"images": lambda _, value: value["split"] == self.split})["images"]
+    at = "images"
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def keep(self, key: Any, value: Any) -> bool:
+        return value["split"] == self.split
 
     def image(self, i: int) -> str:
         value = self.rows[i]
@@ -27,20 +26,14 @@ class Karpathy(Reader):
         return {"text": [sentence["raw"] for sentence in value["sentences"]], "question_id": value.get("cocoid", value.get("imgid"))}
 
 
-class Pairs(Reader):
+class Pairs(Listed):
     """[{"image", "caption"}]. What has an address in the place of the image ("url") is left out: nothing is fetched."""
 
-    def index(self) -> None:
-        def take(_, value):
-            if "image" not in value:
-                self.leave_out("missing_image", f"{self.files[0]} has {value.get('url', 'a row')!r} without the path of an image (\"image\"); "
-                                                "fetch them (img2dataset) and read tars:")
-            return "image" in value
-
-        self.rows = scan(self.files[0], {"": take})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def keep(self, key: Any, value: Any) -> bool:
+        if "image" not in value:
+            self.leave_out("missing_image", f"{self.files[0]} has {value.get('url', 'a row')!r} without the path of an image (\"image\"); "
+                                            "fetch them (img2dataset) and read tars:")
+        return "image" in value
 
     def image(self, i: int) -> str:
         return self.rows[i]["image"]

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_jax.data.bad import BadSample
-from vlm_jax.data.json_index import scan
 from vlm_jax.data.published.questions import AokVqa
-from vlm_jax.data.published.reader import Reader
+from vlm_jax.data.published.reader import Listed, Reader
 
-NO_YES = ("no", "yes")
+NO_YES = (("no", "false"), ("yes", "true"))      # the words that may stand for a label, its name first
+
+
+def judged(statement: str, label: int, **more: Any) -> dict[str, Any]:
+    """The row of a statement that is true or not."""
+    return chosen(statement, [words[0] for words in NO_YES], label, **more)
 
 
 def chosen(question: str, choices: Sequence[str], label: int, **more: Any) -> dict[str, Any]:
@@ -31,21 +35,15 @@ class AokVqaChoice(AokVqa):
         return chosen(value["question"], value["choices"], value["correct_choice_idx"], question_id=value["question_id"])
 
 
-class ScienceQa(Reader):
+class ScienceQa(Listed):
     """{id: {"question", "choices", "answer", "hint", "image", "split", "subject", ...}}. Problems without an image are left out."""
 
-    def index(self) -> None:
-        def take(key, value):
-            if value["split"] != self.split:
-                return False
-            if not value.get("image"):
-                self.leave_out("no_image", f"problem {key} of {self.files[0]} has no image")
-            return bool(value.get("image"))
-
-        self.rows = scan(self.files[0], {"": take})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def keep(self, key: Any, value: Any) -> bool:
+        if value["split"] != self.split:
+            return False
+        if not value.get("image"):
+            self.leave_out("no_image", f"problem {key} of {self.files[0]} has no image")
+        return bool(value.get("image"))
 
     def image(self, i: int) -> str:
         name, value = self.rows.item(i)
@@ -81,40 +79,28 @@ class IconQa(Reader):
         return chosen(value["question"], value["choices"], int(value["answer"]), question_id=self.names[i])
 
 
-class Vsr(Reader):
+class Vsr(Listed):
     """{"image", "caption", "label": 0 | 1, "relation", ...} a line: whether the caption is true of the image."""
-
-    def index(self) -> None:
-        self.rows = scan(self.files[0], {"": lambda _, value: True})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def image(self, i: int) -> str:
         return self.rows[i]["image"]
 
     def row(self, i: int) -> Mapping[str, Any]:
         value = self.rows[i]
-        return chosen(value["caption"], NO_YES, int(value["label"]), relation=value.get("relation"))
+        return judged(value["caption"], int(value["label"]), relation=value.get("relation"))
 
 
-class HatefulMemes(Reader):
+class HatefulMemes(Listed):
     """{"id", "img", "label": 0 | 1, "text"} a line: whether the meme with these words is hateful. The first release's test has no labels."""
 
-    def index(self) -> None:
-        def take(_, value):
-            if "label" not in value:
-                self.leave_out("missing_label", f"{self.files[0]} has no label for {value.get('img')}")
-            return "label" in value
-
-        self.rows = scan(self.files[0], {"": take})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def keep(self, key: Any, value: Any) -> bool:
+        if "label" not in value:
+            self.leave_out("missing_label", f"{self.files[0]} has no label for {value.get('img')}")
+        return "label" in value
 
     def image(self, i: int) -> str:
         return self.rows[i]["img"]
 
     def row(self, i: int) -> Mapping[str, Any]:
         value = self.rows[i]
-        return chosen(value["text"], NO_YES, int(value["label"]), question_id=value["id"], slots={"ocr": value["text"]})
+        return judged(value["text"], int(value["label"]), question_id=value["id"], slots={"ocr": value["text"]})

@@ -8,22 +8,16 @@ from typing import Any
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.json_index import scan
 from vlm_jax.data.published.choices import chosen
-from vlm_jax.data.published.reader import Parts, Reader
+from vlm_jax.data.published.reader import Listed, Parts, Reader
 
 
-class Llava(Reader):
+class Llava(Listed):
     """[{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}]. The mark <image> goes, wherever it stands."""
 
-    def index(self) -> None:
-        def take(_, value):
-            if not value.get("image"):
-                self.leave_out("no_image", f"conversation {value.get('id')} of {self.files[0]} has no image")
-            return bool(value.get("image"))
-
-        self.rows = scan(self.files[0], {"": take})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def keep(self, key: Any, value: Any) -> bool:
+        if not value.get("image"):
+            self.leave_out("no_image", f"conversation {value.get('id')} of {self.files[0]} has no image")
+        return bool(value.get("image"))
 
     def images(self, i: int) -> Sequence[str]:
         name = self.rows[i]["image"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_jax.data.json_index import scan
 from vlm_jax.data.published.captions import OcrWords
-from vlm_jax.data.published.reader import Parts, Reader, match
+from vlm_jax.data.published.reader import Listed, Parts, Reader, match
 
 
 def asked(question: str, answers: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -62,14 +62,8 @@ class Vqa(Reader):
         return turned(row) if self.entry.task == "vqg" else row
 
 
-class VizWiz(Reader):
+class VizWiz(Listed):
     """[{"image", "question", "answers": [{"answer", "answer_confidence"}], "answer_type", "answerable"}]; the test has no answers."""
-
-    def index(self) -> None:
-        self.rows = scan(self.files[0], {"": lambda _, value: True})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def image(self, i: int) -> str:
         return self.rows[i]["image"]
@@ -80,14 +74,8 @@ class VizWiz(Reader):
                      **({"kind": value["answer_type"]} if "answer_type" in value else {}))
 
 
-class AokVqa(Reader):
+class AokVqa(Listed):
     """[{"image_id", "question_id", "question", "choices", "correct_choice_idx", "direct_answers", "rationales", ...}]; the test has no answers."""
-
-    def index(self) -> None:
-        self.rows = scan(self.files[0], {"": lambda _, value: True})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def images(self, i: int) -> Sequence[str]:
         name = f"{self.rows[i]['image_id']:012d}.jpg"
@@ -100,20 +88,19 @@ class AokVqa(Reader):
         return turned(row) if self.entry.task == "vqg" else row
 
 
-class OcrVqa(Reader):
+class OcrVqa(Listed):
     """{id: {"imageURL", "title", "authorName", "genre", "questions": [], "answers": [], "split": 1 | 2 | 3}}; images are ID.KIND as in their address."""
 
+    def keep(self, key: Any, value: Any) -> bool:
+        if int(value["split"]) != {"train": 1, "val": 2, "test": 3}[self.split] or not value["questions"]:
+            return False
+        self.asked.append(len(value["questions"]))
+        return True
+
     def index(self) -> None:
-        counts, wanted = array.array("i"), {"train": 1, "val": 2, "test": 3}[self.split]
-
-        def take(_, value):
-            if int(value["split"]) != wanted or not value["questions"]:
-                return False
-            counts.append(len(value["questions"]))
-            return True
-
-        self.rows = scan(self.files[0], {"": take})[""]
-        self.parts = Parts(counts)
+        self.asked = array.array("i")
+        super().index()
+        self.parts = Parts(self.asked)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -128,14 +115,14 @@ class OcrVqa(Reader):
         return asked(value["questions"][number], [str(value["answers"][number])], question_id=f"{name}/{number}")
 
 
-class TextVqa(Reader):
+class TextVqa(Listed):
     """{"data": [{"question_id", "question", "image_id", "answers": [...], ...}]}, with Rosetta's words beside, where they are."""
 
-    def index(self) -> None:
-        self.rows, self.words = scan(self.files[0], {"data": lambda _, value: True})["data"], OcrWords(self)
+    at = "data"
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def index(self) -> None:
+        super().index()
+        self.words = OcrWords(self)
 
     def image(self, i: int) -> str:
         return f"{self.rows[i]['image_id']}.jpg"
@@ -146,14 +133,8 @@ class TextVqa(Reader):
         return {**row, "task": "vqa_ocr", "slots": {"ocr": ocr}} if ocr else row
 
 
-class Gqa(Reader):
+class Gqa(Listed):
     """{id: {"question", "imageId", "answer", "types": {"structural", ...}, ...}}."""
-
-    def index(self) -> None:
-        self.rows = scan(self.files[0], {"": lambda _, value: True})[""]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def image(self, i: int) -> str:
         return f"{self.rows[i]['imageId']}.jpg"

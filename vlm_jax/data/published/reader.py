@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_jax.data.json_index import scan
 from vlm_jax.data.record import and_more
 
 if TYPE_CHECKING:
@@ -58,6 +59,21 @@ class Reader:
         if not len(self):
             left = "; ".join(self.first[reason] + and_more(count) for reason, count in self.counts.items())
             raise ValueError(f"{self.entry.title}: {self.files[0]} holds no row of the split {self.split!r}{what}{f' ({left})' if left else ''}")
+
+
+class Listed(Reader):
+    """Rows that are the values of one list or object of the file, ``rows``; ``at`` is its name (``json_index.scan``)."""
+    at = ""
+
+    def keep(self, key: Any, value: Any) -> bool:
+        """Whether a value is a row of the split; called for all of them in order."""
+        return True
+
+    def index(self) -> None:
+        self.rows = scan(self.files[0], {self.at: self.keep})[self.at]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class Groups:

@@ -50,7 +50,7 @@ class PublishedSource(RecordSource):
         self._reader.refuse_empty()
         self.counts, self.first = self._reader.counts, self._reader.first
         if entry.labels:      # their numbers are the files' own
-            self._classes = list(entry.labels)
+            self._classes = [words[0] for words in entry.labels]
         self._root = place.image_root(entry.images[split], len(self), self._reader.images)
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ class DataSet(NamedTuple):
     splits: for each split the names of its files, "a|b" for the first that is there. images: for each split the folders that its images may lie in.
     within: more folders that its files may lie in. group, held: InstructBLIP's group of tasks, and whether it trains on the set ("in") or is tested on
     it unseen ("out"). evaluator, metric: what it is measured by. samples: what the paper counts, for the shares of a mixture; 0 where it has no count.
-    labels: names of the labels. video: images are folders of frames.
+    labels: the words that may stand for each label, its name first. video: images are folders of frames.
     """
     title: str
     reader: type[Reader]
@@ -27,7 +27,7 @@ class DataSet(NamedTuple):
     metric: str
     samples: int = 0
     within: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
     video: bool = False
 
 

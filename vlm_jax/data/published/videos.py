@@ -6,24 +6,21 @@ import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_jax.data.json_index import scan
 from vlm_jax.data.published.questions import asked
-from vlm_jax.data.published.reader import Reader
+from vlm_jax.data.published.reader import Listed, Reader
 
 
-class VideoQa(Reader):
+class VideoQa(Listed):
     """[{"id", "video_id", "question", "answer", ...}]. Frames of video 7 lie in a folder video7 (MSRVTT), vid7 (MSVD) or 7, those of MSVD also in one
     of the video's own name, which youtube_mapping.txt ("NAME vid7" a line) tells."""
 
     def index(self) -> None:
-        self.rows, self.names = scan(self.files[0], {"": lambda _, value: True})[""], {}
+        super().index()
+        self.names: dict[str, str] = {}
         mapping = self.folder.optional("youtube_mapping.txt")
         if mapping:
             with open(mapping, encoding="utf-8") as file:
                 self.names = {number: name for name, number in (line.split() for line in file if line.strip())}
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def images(self, i: int) -> Sequence[str]:
         number = str(self.rows[i]["video_id"])
