@@ -167,6 +167,20 @@ def test_vqas_two_files(tmp_path, name, prefix):
     assert prompts(turned[0])[0] == "Given the image, generate a question whose answer is: two. Question:"
 
 
+def test_a_record_with_other_fields_is_bad_and_the_first_one_refused(tmp_path):
+    vqa(tmp_path)
+    path = tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions = json.loads(path.read_text())
+    del questions["questions"][1]["image_id"]
+    path.write_text(json.dumps(questions))
+    source = published(tmp_path, "vqav2", "train")
+    assert source.key(1) == "row 1" and reason(source, 1) == "bad_record" and source[0]["prompt"] == "How many cats?"
+    del questions["questions"][0]["image_id"]
+    path.write_text(json.dumps(questions))
+    with pytest.raises(ValueError, match="is not as VQAv2 is published: KeyError 'image_id'"):
+        published(tmp_path, "vqav2", "train")
+
+
 def test_test_questions_have_no_answers(tmp_path):
     picture(tmp_path, "COCO_test2015_000000000001.jpg")      # images in no folder of their own
     write(tmp_path, "v2_OpenEnded_mscoco_test-dev2015_questions.json",
@@ -260,7 +274,8 @@ def test_vsr_and_hateful_memes(tmp_path):
          "annotator_id": 31, "vote_true_validator_id": [2], "vote_false_validator_id": []} for label in (1, 0)])
     picture(tmp_path, "images/000000050403.jpg")
     source = published(tmp_path, "vsr", "test")
-    assert source.classes == ["no", "yes"] == [words[0] for words in SETS["vsr"].labels] and [source[i]["label"] for i in range(2)] == [1, 0] and source[1]["text"] == ["no"]
+    assert source.classes == ["no", "yes"] == [words[0] for words in SETS["vsr"].labels]
+    assert [source[i]["label"] for i in range(2)] == [1, 0] and source[1]["text"] == ["no"]
     assert source[0]["prompt"].startswith("The bear") and 'statement true or false? "The bear' in prompts(source[0])[0]
     assert published(tmp_path, "vsr", "test", caption="json:question")[0]["text"] == ["The bear is in front of the person."]      # to classify
 
@@ -327,7 +342,7 @@ def test_video_questions(tmp_path):
                                              "video_id": 7010}, {"answer": "x", "category_id": 1, "id": 2, "question": "who?", "video_id": 7011}])
     source = published(tmp_path / "msrvtt", "msrvtt_qa", "test")
     sample = source[0]
-    assert list(sample["frames"]) == frames and sample["image"] == frames[1] and source.key(0) == "video7010"
+    assert list(sample["frames"]) == frames and sample["image"] is None and source.key(0) == "video7010"
     assert sample["answers"] == ["couch"] and sample["kind"] == "what" and sample["task"] == "video" and reason(source, 1) == "missing_frames"
 
     write(tmp_path, "msvd/val_qa.json", [{"answer": "man", "id": 1, "question": "who plays?", "video_id": 1201}])

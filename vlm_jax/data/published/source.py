@@ -14,6 +14,8 @@ from vlm_jax.data.published.table import SETS
 from vlm_jax.data.record import RecordSource
 from vlm_jax.errors import nearest
 
+_OTHERWISE = (KeyError, TypeError, IndexError, AttributeError, UnicodeError)      # what fields that are missing or of another type raise
+
 
 class PublishedSource(RecordSource):
     """"SET:SPLIT:DIR", one split of a data set of ``table.SETS`` whose files lie in DIR.
@@ -44,20 +46,23 @@ class PublishedSource(RecordSource):
         place = Folder(entry.title, folder, entry.within)
         try:
             self._reader = entry.reader(entry, split, place)
-        except (KeyError, TypeError, IndexError, UnicodeError) as error:
+            self._reader.refuse_empty()
+            self._root = place.image_root(entry.images[split], len(self), self._reader.images)
+        except _OTHERWISE as error:
             files = ", ".join(names.replace("|", " or ") for names in entry.splits[split])
             raise ValueError(f"published:{path}: {files} is not as {entry.title} is published: {type(error).__name__} {error}") from error
-        self._reader.refuse_empty()
         self.counts, self.first = self._reader.counts, self._reader.first
         if entry.labels:      # their numbers are the files' own
             self._classes = [words[0] for words in entry.labels]
-        self._root = place.image_root(entry.images[split], len(self), self._reader.images)
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def key(self, i: int) -> str:
-        return self._reader.image(i)
+        try:
+            return self._reader.image(i)
+        except (BadSample, *_OTHERWISE):      # told of when it is read
+            return f"row {i}"
 
     def fingerprint(self) -> str:
         """Of the tables' bytes; of a folder of problems, their names. Images are not read."""
@@ -72,20 +77,16 @@ class PublishedSource(RecordSource):
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
         try:
-            record: dict[str, Any] = {"json": dict(self._reader.row(i))}
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            return {"json": dict(self._reader.row(i)), **(self._pictures(i) if kinds is None else {})}
+        except (ValueError, *_OTHERWISE) as error:
             raise BadSample("bad_record", f"row {i} of {self._reader.files[0]}: {type(error).__name__} {error}") from None
-        if kinds is None:
-            record |= self._pictures(i)
-        return record
 
     def _pictures(self, i: int) -> dict[str, Any]:
         names = self._reader.images(i)
         name = next((name for name in names if os.path.exists(os.path.join(self._root, name))), names[0])
         if not self.entry.video:
             return {"image": read_image(self._root, name)}
-        frames = Frames(os.path.join(self._root, name))
-        return {"image": frames[len(frames) // 2], "frames": frames}
+        return {"image": None, "frames": Frames(os.path.join(self._root, name))}
 
     def _read_captions(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
         row = record["json"]
