@@ -343,7 +343,7 @@ def test_video_questions(tmp_path):
     source = published(tmp_path / "msrvtt", "msrvtt_qa", "test")
     sample = source[0]
     assert list(sample["frames"]) == frames and sample["image"] is None and source.key(0) == "video7010"
-    assert sample["answers"] == ["couch"] and sample["kind"] == "what" and sample["task"] == "video" and reason(source, 1) == "missing_frames"
+    assert sample["answers"] == ["couch"] and sample["kind"] == "what" and sample["task"] == "video" and reason(source, 1) == "missing_image"
 
     write(tmp_path, "msvd/val_qa.json", [{"answer": "man", "id": 1, "question": "who plays?", "video_id": 1201}])
     (tmp_path / "msvd/youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15 vid1201\n")

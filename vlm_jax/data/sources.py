@@ -17,6 +17,7 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest, fingerprint
 from vlm_jax.data.folder import FolderSource
+from vlm_jax.data.frames import Frames
 from vlm_jax.data.json_index import scan
 from vlm_jax.data.parquet import ParquetSource
 from vlm_jax.data.published import PublishedSource
@@ -37,22 +38,6 @@ from vlm_jax.errors import nearest
 
 SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds", "published")
 SHARES: Mapping[str, Callable[[int], float]] = {"sqrt": math.sqrt, "proportional": float, "uniform": lambda samples: 1.0}     # of a mixture's sources
-
-
-class Frames(Sequence):
-    """The pictures in a folder, in the order of their names: frames of a video, each read when it is asked for. Raises BadSample where there are none."""
-
-    def __init__(self, folder: str):
-        self.paths = sorted(entry.path for entry in os.scandir(folder) if os.path.splitext(entry.name)[1][1:].lower() in IMAGE_KINDS)
-        if not self.paths:
-            raise BadSample("missing_image", f"{folder} holds no frame")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> bytes:
-        with open(self.paths[i], "rb") as file:
-            return file.read()
 
 
 class TableSource(RecordSource):
@@ -367,9 +352,10 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
     addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many,
     "published:SET:SPLIT:DIR" (a data set of ``published.SETS`` in its authors' files).
-    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
-    of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``: a rule for the shares instead, of
-    ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%).
+    A mixture is a tuple or list of these (or of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``:
+    a rule for the shares instead, of ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR"
+    multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
     stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);

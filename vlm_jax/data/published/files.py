@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -76,35 +74,3 @@ def read_image(root: str, name: str) -> bytes:
         raise BadSample("missing_image", path) from None
     except OSError as error:
         raise BadSample("unreadable_file", f"{path}: {error.strerror}") from None
-
-
-class Frames(Sequence):
-    """The frames of a video, images of a folder in the order of the numbers in their names; each is read when it is asked for.
-
-    Raises BadSample where the folder has none.
-    """
-
-    def __init__(self, folder: str):
-        try:
-            names = [name for name in os.listdir(folder) if name.rpartition(".")[2].lower() in IMAGE_KINDS and name[0] != "."]
-        except OSError:
-            raise BadSample("missing_frames", folder) from None
-        if not names:
-            raise BadSample("missing_frames", f"{folder} holds no image")
-        self.folder, self.names = folder, sorted(names, key=_natural)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        return read_image(self.folder, self.names[i])
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self[i] for i in range(len(self)))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """"frame10" comes behind "frame9"."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

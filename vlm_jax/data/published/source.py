@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest
-from vlm_jax.data.published.files import Folder, Frames, read_image
+from vlm_jax.data.frames import Frames
+from vlm_jax.data.published.files import Folder, read_image
 from vlm_jax.data.published.table import SETS
 from vlm_jax.data.record import RecordSource
 from vlm_jax.errors import nearest
