@@ -34,13 +34,14 @@ def resize_grid(table: np.ndarray, length: int, kernel: str = "antialias") -> np
 
     ``kernel`` "antialias": bicubic (a = -0.5) with antialias and renormalised weights, as open_clip does on
     load (open_clip ``pos_embed.py``); "border": bicubic (a = -0.75) without antialias, samples past the border
-    clamped to it (transformers ``interpolate_pos_encoding``). Raises ValueError where a side is not a square.
+    clamped to it (transformers ``interpolate_pos_encoding``); "corners": the same with the corners of both grids on each other
+    (LAVIS ``clip_vit.py``). Raises ValueError where a side is not a square.
     """
     extra, old = _grid_side(table.shape[0])
     extra_new, new = _grid_side(length)
     if extra != extra_new:
         raise ValueError(f"a table of {table.shape[0]} positions does not resize to {length}: only one has a class row, or dead rows before it")
-    weights = _antialiased(old, new) if kernel == "antialias" else _clamped(old, new)
+    weights = _antialiased(old, new) if kernel == "antialias" else _clamped(old, new, kernel == "corners")
     grid = table[extra:].reshape(old, old, -1).astype(np.float64)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
     return np.concatenate([table[:extra], grid.astype(table.dtype)])
@@ -67,8 +68,8 @@ def _antialiased(old: int, new: int) -> np.ndarray:
     return w / w.sum(1, keepdims=True)
 
 
-def _clamped(old: int, new: int) -> np.ndarray:
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+def _clamped(old: int, new: int, corners: bool = False) -> np.ndarray:
+    centre = np.arange(new) * ((old - 1) / max(new - 1, 1)) if corners else (np.arange(new) + 0.5) * (old / new) - 0.5
     taps = np.floor(centre)[:, None] + np.arange(-1, 3)
     out = np.zeros((new, old))
     np.add.at(out, (np.arange(new)[:, None], np.clip(taps, 0, old - 1).astype(int)), _cubic(centre[:, None] - taps, -0.75))
@@ -182,6 +183,7 @@ HOW: Mapping[str, How] = {
     "class_row": How(_reshape, lambda x: x[None, None]),                                          # [1, 1, d] -> [d]
     "batched_resize_positions_border": How(lambda x, shape: _if_needed(lambda y, n: resize_grid(y, n, "border"))(x[0], shape), lambda x: x[None]),
     "resize_positions_border": How(_if_needed(lambda x, n: resize_grid(x, n, "border")), _same),
+    "resize_positions_corners": How(_if_needed(lambda x, n: resize_grid(x, n, "corners")), _same),
     "resize_text_positions": How(_if_needed(resize_sequence), _same),
     "grow": How(_grow, _same),
     "grow_last": How(_grow_last, _same),
