@@ -297,7 +297,7 @@ def first_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, f
 
         axes = {name: axis for name, axis in model.qformer.CACHE_AXES.items() if name == "index" or name in own}
         out = decode(prefill, extend, jnp.full((rows, 1), model.dec, jnp.int32), method=method, beams=beams, max_length=length, key=key,
-                     eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis=axes, **{"beam_rule": "transformers_4.15", **options})
+                     eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis=axes, **{"beam_rule": "transformers_4.33", **options})
         return {**out, "text": out["text"].at[:, 0].set(tokens["bos"])}
 
     offered = {"features": (features, True), "embed": (embed, ITC in terms), "match": (match, ITM in terms), "caption_logits": (caption_logits, ITG in terms),
@@ -438,7 +438,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         first = tokens["pad"] if encodes else start
         prefill, extend = languages.continuation(lambda fn: apply(variables, lambda m: fn(m.language)), model.language.clone(parent=None), x, mask, length)
         out = decode(prefill, extend, jnp.full((len(x), 1), first, jnp.int32), max_length=length, key=key, eos_ids=eos if end < 0 else end, pad_id=tokens["pad"],
-                     batch_axis=model.language.CACHE_AXES, **{"beam_rule": "transformers_4.15", **options})
+                     batch_axis=model.language.CACHE_AXES, **{"beam_rule": "transformers_4.33", **options})
         text = out["text"]
         return {**out, "text": text if end < 0 else text.at[:, 1:].set(jnp.where(text[:, 1:] == end, eos, text[:, 1:]))}
 
