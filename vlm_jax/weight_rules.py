@@ -4,7 +4,8 @@ A rule is ``(target, source, how)``: ``target`` a regex over whole target paths,
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
 first axis; "{layer+6}" counts from 6, "{layer*2+6}" by twos), a final "[1/3]" for the second of three equal parts of the source along its
-first axis (torch keeps query, key and value in one matrix), and a final "[6..12]" for those rows of it: layers of a stack, parts of a table.
+first axis (torch keeps query, key and value in one matrix), and a final "[6..12]" for those rows of it: layers of a stack, parts of a table;
+"[1..:2]" for every second row from the second on (by ``init`` alone, it has no way back).
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
 rules forwards and backwards. Totals are checked: a rule that matches nothing, a target that nothing
@@ -24,7 +25,7 @@ from vlm_jax.errors import ConfigError, nearest
 Rule = tuple[str, str, str]
 FRESH = "fresh"
 LAYER = re.compile(r"\{layer(?:\*(\d+))?(?:\+(\d+))?\}")
-ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)\]")
+ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)(?::(\d+))?\]")
 
 
 # ---- tables of positions -----------------------------------------------------------------------
@@ -234,7 +235,7 @@ def value(path: str, shape: Sequence[int], template: str, how: str, sources: Map
             raise ConfigError(f"{where}: {path} wants {name!r}, which the source lacks{nearest(name, sources, 5)}")
         x = np.asarray(sources[name])
         if rows:
-            x = x[int(rows[2]):int(rows[3]) if rows[3] else None]
+            x = x[int(rows[2]):int(rows[3]) if rows[3] else None:int(rows[4] or 1)]
         try:
             if parts > 1:
                 if not x.ndim or x.shape[0] % parts:

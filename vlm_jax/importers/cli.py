@@ -132,7 +132,10 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         sections["data"]["size"] = hints.size
     found = None
     if "tokens" in sections["model"]:
-        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
+        words, beside = release, folder
+        if "language" in sections["model"] and hints.language:
+            words, beside = f"hf_{sections['model']['language']['family']}", pathlib.Path(hints.language)
+        found = tokenizer_files.find(words, beside, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
     config = stage_config(layout, sections, found)
     import jax
 

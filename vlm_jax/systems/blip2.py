@@ -150,11 +150,11 @@ class Blip2(nn.Module):
 
 
 def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: tuple[str, ...], language: dict | None = None, embed: int = 256,
-                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] = (), end: int = -1, eps: float = 1e-5,
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] | str = (), end: int = -1, eps: float = 1e-5,
                 instruction: int = 0, dtype: str = "auto") -> Blip2:
     """The module of a config's ``model`` section, with the parts that ``terms`` need.
 
-    tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of the language model in stage 2. end: what stands at the end of
+    prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of the language model in stage 2. end: what stands at the end of
     a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break). instruction: rows of the Q-Former's table of words in stage 2,
     whose batches then have ``instruction``; 0: it reads no words.
     """
@@ -171,7 +171,7 @@ def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: t
         raise ConfigError(f"model.tokens.dec={tokens['dec']} is no row of a table of {tokens['vocab']}; nearest: model.tokens.vocab={tokens['dec'] + 1}")
     tower = languages.build(vocab=tokens["vocab"], dtype=dtype, **language) if second else None
     return Blip2(image, former, terms, tower, embed=embed, dec=-1 if second else tokens["dec"], mean=tuple(mean), std=tuple(std), temp_start=temp,
-                 prompt=tuple(prompt), eps=eps, dtype=dtype)
+                 prompt=() if isinstance(prompt, str) else tuple(prompt), eps=eps, dtype=dtype)
 
 
 def build_loss(*, weights: dict, negatives: str = "hard", targets: str = "pairs", gathered: str = "constant", label_smoothing: float = 0.1,
