@@ -473,8 +473,17 @@ def test_files_of_what_was_trained_go_together_with_the_towers_files(opened, nam
     release = json.loads((folder / "import.json").read_text())["release"]
     back = read.open_weights(cli.export_release(release, folder, tmp_path / "out", say=lambda line: None))
     assert set(back) == {n for n in own if "position_ids" not in n and n not in json.loads((folder / "import.json").read_text())["ignored"]}
+    with pytest.raises(ConfigError, match="stores all of a model in one place"):
+        cli.import_release("blip", str(tmp_path / "own"), tmp_path / "none", hints, say=lambda line: None)
     with pytest.raises(ConfigError, match="without visual_encoder.*name the tower's file with --image"):
         cli.import_release("blip2", str(tmp_path / "own"), tmp_path / "none", Hints(language=hints.language), say=lambda line: None)
+
+
+def test_positions_of_clips_eye_keep_their_corners():
+    """LAVIS resizes them with align_corners; what lies between was compared with torch."""
+    ramp = np.arange(3.0).repeat(3)[:, None]
+    found = weight_rules.resize_grid(np.concatenate([[[9.0]], ramp]), 26, "corners")
+    assert found[0] == 9 and np.allclose(found[1:].reshape(5, 5)[:, 2], [0, 0.40625, 1, 1.59375, 2])
 
 
 # ---- stages

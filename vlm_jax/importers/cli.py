@@ -63,7 +63,8 @@ from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
                                 blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
-                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, blip2.RELEASE, blip2.CLIP_RELEASE, vqkd.RELEASE, beit3.RELEASE, vlmo.RELEASE, vlmo.BEIT_RELEASE)}
+                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, blip2.RELEASE, blip2.CLIP_RELEASE, vqkd.RELEASE, beit3.RELEASE,
+                                vlmo.RELEASE, vlmo.BEIT_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
 # Layouts of a name's family, told apart by their tensors
 FAMILIES = {**dict.fromkeys(("albef", "blip", "hf_blip"), bert_tasks.tell), "blip2": blip2.tell}
@@ -160,7 +161,8 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in files}}
     provenance.write(out, {"system": config.system, "papers": list(stage.system.papers), "licence": licence,
                            **({"licence_link": link} if link else {}), "source": source, "starts": [provenance.start(jax.devices())]})
-    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize,
+              "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
               "ignored": sorted(ignored),
               "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
     (out / RECORD).write_text(json.dumps(record, indent=1))
@@ -290,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
-    parser.add_argument("--image", default="", help="import: the eye's own file, where the release stores what was trained alone (blip2: eva_vit_g.pth, clip_vit_L.pth)")
+    parser.add_argument("--image", default="", help="import: the eye's own file, where a release stores what was trained alone (eva_vit_g.pth)")
     parser.add_argument("--language", default="", help="import: the language model's directory, in the same case")
     parser.add_argument("--dtype", default="float32", help=f"import: of the stored weights, {' or '.join(DTYPES)}")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
