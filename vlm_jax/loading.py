@@ -67,7 +67,7 @@ class Model:
         return {k: np.concatenate([p[k] for p in parts]) if np.ndim(parts[0][k]) else parts[0][k] for k in parts[0]}
 
     def embed_image(self, images: Any, batch: int = 64) -> np.ndarray:
-        """-> float32 [b, e], unit length."""
+        """-> float32 [b, e], unit length; [b, k, e] from systems that give an image several vectors, of which the nearest to a text counts."""
         return self._rows("embed", {"image": self.images(images)}, batch)["image_embed"]
 
     def embed_text(self, texts: str | Sequence[str], batch: int = 256) -> np.ndarray:

@@ -23,12 +23,13 @@ IMAGES = tuple("." + kind for kind in IMAGE_KINDS)
 
 def zeroshot(model, args) -> None:
     from vlm_jax.evals import zeroshot as evaluation
+    from vlm_jax.evals.rank import similarity
     labels = [x.strip() for x in args.labels.split(",") if x.strip()]
     if len(labels) < 2:
         raise ConfigError(f"--labels={args.labels!r} names {len(labels)} classes; give at least two, separated by commas")
     weights, _ = evaluation.class_embeddings(model.embed_text, labels, args.templates)
     scale = model.predict["embed"]({"image": model.images(args.inputs[0])})["logit_scale"]
-    logits = scale * model.embed_image(args.inputs) @ weights.T
+    logits = scale * similarity(model.embed_image(args.inputs), weights)
     odds = np.exp(logits - logits.max(1, keepdims=True))
     odds /= odds.sum(1, keepdims=True)
     for path, row in zip(args.inputs, odds):
@@ -58,7 +59,8 @@ def retrieve(model, args) -> None:
     files = sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in IMAGES)
     if not files:
         raise ConfigError(f"{str(folder)!r} holds no image ({', '.join(IMAGES)})")
-    scores = model.embed_image(files) @ model.embed_text(args.query)[0]
+    from vlm_jax.evals.rank import similarity
+    scores = similarity(model.embed_image(files), model.embed_text(args.query))[:, 0]
     for i in np.argsort(-scores)[:args.top]:
         print(f"{scores[i]:.4f}\t{files[i]}")
 
@@ -67,7 +69,7 @@ def embed(model, args) -> None:
     if not args.out:
         raise ConfigError("--out is missing: the .npy file to write")
     np.save(args.out, model.embed_image(args.inputs))
-    print(f"{args.out}: {len(args.inputs)} x {np.load(args.out, mmap_mode='r').shape[1]}")
+    print(f"{args.out}: {' x '.join(map(str, np.load(args.out, mmap_mode='r').shape))}")
 
 
 TASKS = {"zeroshot": zeroshot, "caption": caption, "reply": reply, "retrieve": retrieve, "embed": embed}

@@ -307,8 +307,8 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
     """Checks every section and builds the system; compiles and allocates nothing.
 
     ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and must agree with it elsewhere: begin, end and padding are
-    those that ``data.marks`` says. ``model.instruction_tokens`` is the same of the instruction tokenizer. Where a model lists ``answers`` or knows
-    ``pieces`` of words, it gets their ids from the tokenizer. Raises ConfigError.
+    those that ``data.marks`` says. ``model.instruction_tokens`` is the same of the instruction tokenizer. Where a model lists ``answers``, knows
+    ``pieces`` of words or has a ``prompt`` in words, it gets their ids from the tokenizer. Raises ConfigError.
     """
     stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
@@ -349,6 +349,9 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
                 stage_config.model.update(listed_answers(stage_config.model.answers, tokenizer, data, f"stages.{name}"))
             if "pieces" in stage_config.model:
                 stage_config.model.pieces = tuple(tokenizer.continuing)
+            if isinstance(stage_config.model.get("prompt"), str):
+                marks = {tokenizer.bos_id, tokenizer.eos_id}
+                stage_config.model.prompt = tuple(i for i in tokenizer.encode(stage_config.model.prompt) if i not in marks)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"
                           f"{nearest(stage_config.system, system_names())}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, text_metrics
-from vlm_jax.evals.embed import asked, embed_images, needs, one_image, real_rows, side_by_side, thumbnail
+from vlm_jax.evals.embed import asked, embed_images, needs, one_image, real_rows, side_by_side, single, thumbnail
 from vlm_jax.evals.evaluation import Evaluation, in_turn
 
 
@@ -54,7 +54,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         text, score = np.asarray(out["text"]), np.asarray(out["score"])
         rows = real_rows(batch)
         if embed:
-            embeds.append(np.asarray(embed(inputs)["image_embed"], np.float32)[[row for row, _ in rows]])
+            embeds.append(single(np.asarray(embed(inputs)["image_embed"], np.float32)[[row for row, _ in rows]]))
         for row, m in rows:
             captions.append(tokenizer.decode(text[row].tolist()).strip())
             scores.append(float(score[row]))
@@ -78,7 +78,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
             raise ConfigError("caption: the training samples given for the baselines have no captions")
         baselines["most_frequent"] = [_most_frequent([c for _, c in seen])] * len(meta)
         if train:
-            close = _nearest(np.concatenate(embeds), train.embeds[[row for row, _ in seen]])
+            close = _nearest(np.concatenate(embeds), train.means[[row for row, _ in seen]])
             baselines["nearest"] = [seen[i][1][0] for i in close]
     out = {"caption/images": float(len(meta))}
     measured = {name: _Measured(texts, references, meta, judge) for name, texts in baselines.items()}

@@ -62,7 +62,8 @@ def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Images:
-    """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
+    """embeds float32 [n,e], or [n,k,e] where an image has several vectors, of which the nearest to a text counts (``rank.similarity``);
+    meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
     tokens [n,m,w]: image tokens, where they were asked for."""
     embeds: np.ndarray
     meta: list[dict[str, Any]]
@@ -70,6 +71,16 @@ class Images:
     rows: int
     length: int
     tokens: np.ndarray | None = None
+
+    @property
+    def means(self) -> np.ndarray:
+        """float32 [n,e]: one vector an image."""
+        return single(self.embeds)
+
+
+def single(embeds: np.ndarray) -> np.ndarray:
+    """[n,e] of [n,e] or [n,k,e]: the mean where an image has several vectors."""
+    return embeds.mean(1) if embeds.ndim == 3 else embeds
 
 
 def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]], features: Callable | None = None) -> Images:

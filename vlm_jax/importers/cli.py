@@ -40,6 +40,7 @@ from vlm_jax.importers import (
     beit3,
     bert_tasks,
     blip,
+    blip2,
     card,
     eva,
     hf_bert,
@@ -62,9 +63,11 @@ from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
                                 blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
-                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, vqkd.RELEASE, beit3.RELEASE, vlmo.RELEASE, vlmo.BEIT_RELEASE)}
+                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, blip2.RELEASE, blip2.CLIP_RELEASE, vqkd.RELEASE, beit3.RELEASE,
+                                vlmo.RELEASE, vlmo.BEIT_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
-FAMILIES = ("albef", "blip", "hf_blip")
+# Layouts of a name's family, told apart by their tensors
+FAMILIES = {**dict.fromkeys(("albef", "blip", "hf_blip"), bert_tasks.tell), "blip2": blip2.tell}
 RECORD = "import.json"
 DTYPES = ("float32", "bfloat16")
 
@@ -117,15 +120,23 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
                      layout.licence or stated or provenance.UNKNOWN)
     tensors = read.open_weights(path, prefer=layout.weights_files)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if release in FAMILIES:      # fine-tuned files have layouts of their own
-        release = bert_tasks.tell(shapes, release)
+    own, files = list(tensors), read.files_of(path, prefer=layout.weights_files)
+    for part, prefix in layout.parts(shapes, hints).items():
+        tensors |= {prefix + name: tensor for name, tensor in read.open_weights(part, prefer=hf_llama.WEIGHTS).items()}
+        files += read.files_of(part, prefer=hf_llama.WEIGHTS)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if release in FAMILIES:
+        release = FAMILIES[release](shapes, release)
         layout = RELEASES[release]
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size
     found = None
     if "tokens" in sections["model"]:
-        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
+        words, beside = release, folder
+        if "language" in sections["model"] and hints.language:
+            words, beside = f"hf_{sections['model']['language']['family']}", pathlib.Path(hints.language)
+        found = tokenizer_files.find(words, beside, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
     config = stage_config(layout, sections, found)
     import jax
 
@@ -147,10 +158,11 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
                         "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}}, lent=True)
     if found is not None:
         found.save(str(out / "tokenizer"))
-    source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
+    source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in files}}
     provenance.write(out, {"system": config.system, "papers": list(stage.system.papers), "licence": licence,
                            **({"licence_link": link} if link else {}), "source": source, "starts": [provenance.start(jax.devices())]})
-    record = {"release": release, "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize,
+              "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
               "ignored": sorted(ignored),
               "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
     (out / RECORD).write_text(json.dumps(record, indent=1))
@@ -219,8 +231,8 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     if config.system != layout.system:
         fitting = [name for name, r in EXPORTS.items() if r.system == config.system]
         raise ConfigError(f"--export={release}: {folder} is a {config.system!r}{nearest(release, fitting) if fitting else ''}")
-    table, record = read_json(folder, RECORD), provenance.read(folder)
-    known = table.get("tensors", {}) if table.get("release") == release else {}
+    record_of, record = read_json(folder, RECORD), provenance.read(folder)
+    known = record_of.get("tensors", {}) if record_of.get("release") == release else {}
     leaves = stages.read_weights(folder) | {f"carry/{p}": x for p, x in stages.read_carry(folder).items()}
     sections = configs.to_plain(config)
     table = layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()})
@@ -230,6 +242,8 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
     arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
     arrays |= {name: np.zeros_like(arrays[like]) for name, like in layout.blank.items()}
+    kept = record_of.get("own", known) if known else layout.stored(config, arrays)
+    arrays = {name: x for name, x in arrays.items() if name in kept}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     layout.write_config(config, out, arrays)
@@ -278,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
+    parser.add_argument("--image", default="", help="import: the eye's own file, where a release stores what was trained alone (eva_vit_g.pth)")
+    parser.add_argument("--language", default="", help="import: the language model's directory, in the same case")
     parser.add_argument("--dtype", default="float32", help=f"import: of the stored weights, {' or '.join(DTYPES)}")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
     parser.add_argument("--licence", default="", help="import: of the weights, where the source does not state it; export: of what was trained here, "

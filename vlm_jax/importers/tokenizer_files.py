@@ -12,7 +12,7 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
-WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa", "vlmo")      # bert-base-uncased's
+WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa", "vlmo", "blip2", "blip2_clip")      # bert-base-uncased's
 XLMR = {"beit3": "beit3.spm"}      # releases whose ids are XLM-R's, of the SentencePiece model of that name; their tables are padded
 LANGUAGE = {"hf_opt": "", "hf_llama": "tokenizer.model", "hf_t5": "spiece.model"}      # language models, and their SentencePiece files
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
