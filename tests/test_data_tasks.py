@@ -252,7 +252,7 @@ def test_a_stage_says_the_shapes_of_what_it_asks_for(tmp_path):
     (dict(answers=2), "answers=2 needs answer_length.*nearest: 8"),
     (dict(answer_length=4), "answer_length=4 has no use.*nearest: answers=1"),
     (dict(answers=-1), "answers=-1 must be at least 0"),
-    (dict(images=0), "images=0.*nearest: 1"),
+    (dict(images=-1), "images=-1.*nearest: 1"),
     (dict(images=3, swap="sides"), "swap='sides' is for two images a row, not images=3; nearest: images=2"),
     (dict(images=2, swap="side"), "swap='side'.*nearest: 'sides'"),
     (dict(images=2, swap="sides", buckets=(8,)), r"swap='sides'.*buckets=\(8,\)"),

@@ -8,6 +8,7 @@ python -m vlm_jax.evaluate DIR matching --data=scenes:test
 python -m vlm_jax.evaluate DIR caption  --data=folder:TEST
 python -m vlm_jax.evaluate DIR grounding --data=scenes:test
 python -m vlm_jax.evaluate DIR vqa      --data=jsonl:TEST.json --candidates=answer_list.json [--method=generate]
+python -m vlm_jax.evaluate DIR choice   --data=scenes:test/choice [--rule=NAME] [--verbalisers='no|false,yes|true']
 python -m vlm_jax.evaluate DIR classify --data=jsonl:TEST.json
 python -m vlm_jax.evaluate DIR codebook --data=folder:TEST
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 
-OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa"}      # flags that one kind has
+OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa", "rule": "choice", "verbalisers": "choice"}      # flags that one kind has
 
 
 def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
@@ -58,14 +59,14 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
     model.ids("")     # without a tokenizer no batch can be made
-    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.tokenizer,
+    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.stage.replies,
                      source=source, **fitted, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "classify", "codebook"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "choice", "classify", "codebook"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
     parser.add_argument("--train", default="", help="probe: what to fit on; vqa: what to count answers in")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")
@@ -75,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--score", default="", help="rerank: match (default) or match+cosine")
     parser.add_argument("--candidates", default="", help="vqa: the answers to choose from: a file, one a line, or train:3128 (default) with --train")
     parser.add_argument("--method", default="", help="vqa: rank (default) or generate")
+    parser.add_argument("--rule", default="", help="choice: how candidates are scored, by a name of the system's")
+    parser.add_argument("--verbalisers", default="", type=lambda text: tuple(tuple(part.split("|")) for part in filter(None, text.split(","))),
+                        help="choice: the words that stand for each class, 'no|false,yes|true'")
     parser.add_argument("--examples", type=int, default=0, help="score the first so many samples (default: all)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", default="", help="directory for scores.json and predictions.jsonl")

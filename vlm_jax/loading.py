@@ -83,7 +83,7 @@ class Model:
             raise ConfigError(f"system {self.config.system!r} does not generate text (it has {', '.join(self.predict)})")
         self.ids("")
         ids = self._rows("generate", {"image": self.images(images)}, batch, **options)["text"]
-        return [self.tokenizer.decode(row) for row in ids]
+        return [self.stage.replies.decode(row) for row in ids]
 
 
 def load(directory: str | pathlib.Path) -> Model:
@@ -94,10 +94,12 @@ def load(directory: str | pathlib.Path) -> Model:
     """
     folder = stages.newest_stage(pathlib.Path(directory))
     config = configs.from_json((folder / "config.json").read_text())
-    tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
+    tokenizer, other = (tokenizers.load(str(folder / kept)) if (folder / kept).exists() else None for kept in ("tokenizer", "instruction_tokenizer"))
     config.data.tokenizer = config.data.tokenizer if tokenizer is not None else ""
+    if other is None and config.data.get("instruction_tokenizer"):
+        config.data.instruction_tokenizer, config.data.instruction_length = "", 0
     config.lora, config.trainable = {}, (".*",)      # adapters are merged
-    stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
+    stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer, other)
     leaves = stages.read_weights(folder)
     missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)
     if missing:

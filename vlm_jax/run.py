@@ -272,7 +272,7 @@ class StageRun:
             raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
                               "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, rows=stage.data.rows)
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, **stage.beside)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
@@ -283,6 +283,8 @@ class StageRun:
         record = self.record_start(start, told)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
+        if stage.instruction_tokenizer is not None:
+            stage.instruction_tokenizer.save(folder / "instruction_tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
         if start < self.total and not stage.data.buckets:
@@ -354,7 +356,7 @@ class StageRun:
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
                 result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
-                                   tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
+                                   tokenizer=stage.replies, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")
                 scores[f"{name}/{tail}" if tail else f"{name}/{head}"] = float(value)

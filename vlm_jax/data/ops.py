@@ -8,9 +8,10 @@ preprocessing has it. Filters are bicubic with antialiasing (Pillow's own).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,34 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     whose EXIF data say that the camera was turned is turned upright (the CLIP lineage's loaders leave it lying). Raises BadSample: "empty_image", "not_an_image",
     "too_many_pixels" (told from the header, before any pixel is decoded), "truncated_image", "broken_image".
     """
+    with _opened(data, max_pixels) as image:
+        return _upright(image)
+
+
+def decode_frames(data: bytes, which: Callable[[int], Iterable[int]], max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    """The frames ``which(how many there are)`` of an animation (GIF, WebP), as ``decode`` gives them; of a picture that does not move, itself alone.
+
+    Raises BadSample as ``decode`` does.
+    """
+    frames = []
+    with _opened(data, max_pixels) as image:
+        count = getattr(image, "n_frames", 1)
+        for number in which(count) if count > 1 else (0,):
+            image.seek(number)
+            frames.append(_upright(image).copy())      # the image itself goes on to the next frame
+    return frames
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose pixels are not yet decoded; what is wrong with it, then or within, is a BadSample."""
     if not data:
         raise BadSample("empty_image")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise BadSample("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
-        image.load()
-        if "exif" in image.info and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
-            image = image.transpose(turn)
-        return _flatten(image)
+        yield image
     except Image.UnidentifiedImageError:
         raise BadSample("not_an_image", f"starts with {data[:16]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -52,6 +71,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BadSample("truncated_image" if "truncated" in str(error) else "broken_image", str(error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    if "exif" in image.info and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
+        image = image.transpose(turn)
+    return _flatten(image)
 
 
 def to_image(picture: Any) -> Image.Image:

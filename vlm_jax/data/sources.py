@@ -7,9 +7,10 @@ import csv
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -34,10 +35,27 @@ from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
 
 SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds")
+SHARES: Mapping[str, Callable[[int], float]] = {"sqrt": math.sqrt, "proportional": float, "uniform": lambda samples: 1.0}     # of a mixture's sources
+
+
+class Frames(Sequence):
+    """The pictures in a folder, in the order of their names: frames of a video, each read when it is asked for. Raises BadSample where there are none."""
+
+    def __init__(self, folder: str):
+        self.paths = sorted(entry.path for entry in os.scandir(folder) if os.path.splitext(entry.name)[1][1:].lower() in IMAGE_KINDS)
+        if not self.paths:
+            raise BadSample("missing_image", f"{folder} holds no frame")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> bytes:
+        with open(self.paths[i], "rb") as file:
+            return file.read()
 
 
 class TableSource(RecordSource):
-    """Rows that name an image file, or a list of them, relative to their own file. Key = that path, so rows about one image
+    """Rows that name an image file, or a list of them, or a folder of a video's frames, relative to their own file. Key = that path, so rows about one image
     share it; paths of several are joined by "+". A name without an extension may be that of a .jpg.
 
     The fields of the image, the caption and the answers are those of the usual names (``record.IMAGE_NAMES``, ``CAPTION_NAMES``,
@@ -89,6 +107,8 @@ class TableSource(RecordSource):
             if isinstance(names, list):
                 record["images"] = [self._image(str(name)) for name in names]
                 record["image"] = record["images"][0]
+            elif os.path.isdir(folder := os.path.join(os.path.dirname(self.path), str(names))):
+                record["frames"] = Frames(folder)
             else:
                 record["image"] = self._image(str(names))
         return record
@@ -358,13 +378,14 @@ def check_splits(train: Any, held_out: Any) -> None:
     check_sides(*([part for part, _ in _parts(spec or ()) if isinstance(part, str)] for spec in (train, held_out)))
 
 
-def open_source(spec: Any, **options: Any) -> Any:
+def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     """Opens a dataset.
 
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
-    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[:canonical]". "SPEC#train" and "SPEC#val" are the two sides of one
-    that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
-    of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
+    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many.
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
+    of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``: a rule for the shares instead, of
+    ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
     stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);
@@ -376,9 +397,16 @@ def open_source(spec: Any, **options: Any) -> Any:
     if isinstance(spec, (tuple, list)) or (isinstance(spec, str) and ";" in spec):
         pairs = _parts(spec)
         weights = [w for _, w in pairs if w is not None]
-        if not pairs or (weights and len(weights) != len(pairs)) or any(w <= 0 for w in weights):
+        if not pairs or (weights and len(weights) != len(pairs) and not mixture) or any(w <= 0 for w in weights):
             raise ValueError(f"mixture {spec!r}: give every part a positive @WEIGHT, or none")
-        return Mixture([open_source(s, **options) for s, _ in pairs], weights or None)
+        if mixture and mixture not in SHARES:
+            raise ValueError(f"mixture={mixture!r} is no rule of shares{nearest(mixture, SHARES)}")
+        parts = [open_source(s, **options) for s, _ in pairs]
+        if mixture:
+            weights = [SHARES[mixture](len(part)) * (1.0 if factor is None else factor) for part, (_, factor) in zip(parts, pairs)]
+        return Mixture(parts, weights or None)
+    if mixture:
+        raise ValueError(f"mixture={mixture!r} is a rule for several sources, {name_of(spec) if not isinstance(spec, str) else spec!r} is one; nearest: ''")
     if not isinstance(spec, str):
         return spec
     spec, side, held_out = parse_split(spec)
@@ -392,6 +420,8 @@ def open_source(spec: Any, **options: Any) -> Any:
         if side:
             raise ValueError(f"{spec}#{side}: scenes have splits of their own; nearest: 'scenes:{side}'")
         split, _, wording = rest.partition(":")
+        if wording.isdigit():
+            return open_scenes(split, count=int(wording))
         if wording not in ("", "canonical"):
             raise ValueError(f"{spec}: wording {wording!r} is not known; nearest: 'scenes:{split}:canonical'")
         return open_scenes(split, canonical_share=1.0 if wording else 0.5)

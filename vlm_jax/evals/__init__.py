@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.evals import caption, classify, codebook, grounding, matching, probe, rerank, retrieval, vqa, zeroshot
+from vlm_jax.evals import caption, choice, classify, codebook, grounding, matching, probe, rerank, retrieval, vqa, zeroshot
 from vlm_jax.evals.evaluation import Evaluation, write_items
 
 KINDS: Mapping[str, Callable[..., Evaluation]] = {
-    "caption": caption.evaluate, "classify": classify.evaluate, "codebook": codebook.evaluate, "grounding": grounding.evaluate, "matching": matching.evaluate,
+    "caption": caption.evaluate, "choice": choice.evaluate, "classify": classify.evaluate, "codebook": codebook.evaluate, "grounding": grounding.evaluate,
+    "matching": matching.evaluate,
     "probe": probe.evaluate, "rerank": rerank.evaluate, "retrieval": retrieval.evaluate, "vqa": vqa.evaluate, "zeroshot": zeroshot.evaluate}
 
 

@@ -47,8 +47,16 @@ def one_image(batch: Mapping[str, Any]) -> np.ndarray:
     return batch["image"]
 
 
+def asked(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What a question is, of a batch: its pictures, and the prompt (with the instruction) where text is laid out, else the text."""
+    text = ("prompt", "prompt_mask", "instruction", "instruction_mask") if "prompt" in batch else ("text", "text_mask")
+    return {name: batch[name] for name in ("image", "images", *text) if name in batch}
+
+
 def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
-    """The image of a row [h,w,3], or its several images as one [h,n*w,3]."""
+    """The image of a row [h,w,3], or its several images as one [h,n*w,3]; a black one of text alone."""
+    if "images" not in batch and "image" not in batch:
+        return np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8)
     return np.concatenate(list(batch["images"][row]), axis=1) if "images" in batch else batch["image"][row]
 
 
