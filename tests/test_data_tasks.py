@@ -81,7 +81,7 @@ def test_official_records_of_answers_and_cells_of_tables(tmp_path):
 
 def test_a_list_that_breaks_off_is_refused_and_rows_that_are_no_objects_are_bad(tmp_path):
     (tmp_path / "cut.json").write_text('[{"image": "a.png", "text": "x"}, {"image": ')
-    with pytest.raises(ValueError, match="cut.json holds a JSON list that cannot be read at its value 1"):
+    with pytest.raises(ValueError, match="cut.json cannot be read as JSON from byte 34 of 44 on"):
         open_source(f"jsonl:{tmp_path / 'cut.json'}")
     (tmp_path / "odd.json").write_text(' \n[ {"image": "a.png", "text": "x, ] y"} , 3 ]')
     source = open_source(f"jsonl:{tmp_path / 'odd.json'}")

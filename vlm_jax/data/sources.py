@@ -9,7 +9,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -18,7 +17,10 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest, fingerprint
 from vlm_jax.data.folder import FolderSource
+from vlm_jax.data.frames import Frames
+from vlm_jax.data.json_index import scan
 from vlm_jax.data.parquet import ParquetSource
+from vlm_jax.data.published import PublishedSource
 from vlm_jax.data.record import (
     ANSWER_NAMES,
     CAPTION_NAMES,
@@ -34,24 +36,8 @@ from vlm_jax.data.split import Split, check_sides, parse_split
 from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
 
-SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds")
+SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds", "published")
 SHARES: Mapping[str, Callable[[int], float]] = {"sqrt": math.sqrt, "proportional": float, "uniform": lambda samples: 1.0}     # of a mixture's sources
-
-
-class Frames(Sequence):
-    """The pictures in a folder, in the order of their names: frames of a video, each read when it is asked for. Raises BadSample where there are none."""
-
-    def __init__(self, folder: str):
-        self.paths = sorted(entry.path for entry in os.scandir(folder) if os.path.splitext(entry.name)[1][1:].lower() in IMAGE_KINDS)
-        if not self.paths:
-            raise BadSample("missing_image", f"{folder} holds no frame")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> bytes:
-        with open(self.paths[i], "rb") as file:
-            return file.read()
 
 
 class TableSource(RecordSource):
@@ -127,7 +113,7 @@ class TableSource(RecordSource):
 class JsonlSource(TableSource):
     """One JSON object a line, or one list of objects, with the path of the image and the caption. Which fields there are is told by the first 64.
 
-    Only their offsets are kept in memory (8 bytes a line, 16 an object of a list).
+    Only their offsets are kept in memory (8 bytes a line, 20 an object of a list).
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
@@ -139,7 +125,8 @@ class JsonlSource(TableSource):
             head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
             if head[:1] == b"[":
-                self._start, self._end = _places_in_list(self.path, file.read())
+                places = scan(self.path, {"": lambda number, value: True})[""]
+                self._start, self._end = places.start, places.start + places.size
             else:
                 starts, at = array.array("q"), 0
                 for line in file:
@@ -188,25 +175,6 @@ class JsonlSource(TableSource):
         with open(self.path, "rb") as file:
             for i in range(len(self)):
                 yield self._key(file, i)
-
-
-_BETWEEN = re.compile(r"[\s,]*")
-
-
-def _places_in_list(path: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where the values of a JSON list begin and end, in bytes. Raises ValueError where it breaks off."""
-    text = content.decode("latin-1")      # a character a byte: JSON's own signs are never part of another character of UTF-8
-    decode, starts, ends = json.JSONDecoder().raw_decode, array.array("q"), array.array("q")
-    at = _BETWEEN.match(text, text.index("[") + 1).end()
-    while text[at:at + 1] != "]":
-        try:
-            _, end = decode(text, at)
-        except ValueError:
-            raise ValueError(f"{path} holds a JSON list that cannot be read at its value {len(starts)}, byte {at} of {len(text)}") from None
-        starts.append(at)
-        ends.append(end)
-        at = _BETWEEN.match(text, end).end()
-    return np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64)
 
 
 class CsvSource(TableSource):
@@ -382,10 +350,12 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     """Opens a dataset.
 
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
-    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many.
-    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
-    of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``: a rule for the shares instead, of
-    ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
+    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many,
+    "published:SET:SPLIT:DIR" (a data set of ``published.SETS`` in its authors' files).
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%).
+    A mixture is a tuple or list of these (or of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``:
+    a rule for the shares instead, of ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR"
+    multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
     stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);
@@ -426,7 +396,7 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
             raise ValueError(f"{spec}: wording {wording!r} is not known; nearest: 'scenes:{split}:canonical'")
         return open_scenes(split, canonical_share=1.0 if wording else 0.5)
     kind = {"folder": FolderSource, "tars": TarSource, "parquet": ParquetSource, "jsonl": JsonlSource, "csv": CsvSource,
-            "tfds": TfdsSource}[scheme]
+            "tfds": TfdsSource, "published": PublishedSource}[scheme]
     valid = list(inspect.signature(kind).parameters)[1:]
     for name in options:
         if name not in valid:
