@@ -88,8 +88,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         scores |= with_baselines("choice/AUC", area(margin, positive), 0.5, bootstrap.statistic_interval(of_units, len(rows_of)))
 
     best = [int(np.nanargmax(own)) if not np.isnan(own).all() else 0 for own in found]
-    items = [{"key": str(m.get("key", i)), "question": m.get("question", ""), "choices": named[i], "label": labels[i], "chosen": best[i], "rank": int(ranks[i]),
-              "score": found[i].tolist(), **{name: m[name] for name in ("kind", "question_id") if name in m}} for i, m in enumerate(meta)]
+    items = [{"key": str(m.get("key", i)), "question": m.get("question", ""), "choices": named[i], "label": labels[i], "chosen": best[i],
+              "rank": int(ranks[i]), "score": found[i].tolist(), **{name: m[name] for name in ("kind", "question_id") if name in m}} for i, m in enumerate(meta)]
     near = [i for i, picture in enumerate(pictures) if picture is not None]
     chosen = in_turn([i for i in near if ranks[i] == 1], [i for i in near if ranks[i] > 1], shown)
     return Evaluation(scores, items, {"captions": [
