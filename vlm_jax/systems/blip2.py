@@ -372,11 +372,10 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask, weight=batch["answer_weight"].reshape(-1))
         ids, mask = closed(batch["text"], batch["text_mask"]), batch["text_mask"].astype(bool)
         rows, length = ids.shape
-        if "prompt" in batch:
-            prompt, prompt_mask = batch["prompt"], batch["prompt_mask"]
-            return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
-        if "target_mask" in batch:
+        if "target_mask" in batch:      # data.layout="joined"
             return dict(ids=ids, mask=mask, target=batch["target_mask"].astype(bool) & mask)
+        if "prompt" in batch:           # data.layout="apart"
+            return dict(prompt=batch["prompt"], prompt_mask=batch["prompt_mask"], ids=ids, mask=mask, target=mask)
         if not encodes:
             told = len(model.prompt) + 1 if model.prompt else 0
             ids, mask = (languages.after_first(x, y) for x, y in ((model.prompt, ids), ((True,) * len(model.prompt), mask)))
