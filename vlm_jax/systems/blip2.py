@@ -158,13 +158,13 @@ class Blip2(nn.Module):
 
 def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: tuple[str, ...], language: dict | None = None, embed: int = 256,
                 mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] | str = (), end: int = -1, first: int = -1,
-                eps: float = 1e-5, instruction_tokens: dict | None = None, dtype: str = "auto") -> Blip2:
+                eps: float = 1e-5, instruction_tokens: dict | None = None, image_token: int = -1, dtype: str = "auto") -> Blip2:
     """The module of a config's ``model`` section, with the parts that ``terms`` need.
 
     prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of the language model in stage 2. end: what stands at the end of
     a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break). first: an id that nobody reads, in front of what is generated: it counts
     as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in
-    stage 2, whose batches then have ``instruction``; None: it reads none.
+    stage 2, whose batches then have ``instruction``; None: it reads none. image_token: the id that files of transformers have in place of a query; nothing here reads it.
     """
     dtype = compute_dtype(dtype)
     image = vit.ViT(**sizes(vit.VARIANTS, image_size=size, dtype=dtype, **image))
