@@ -5,12 +5,14 @@
     python -m tests.parity.hugging_face store_language   renews official_outputs/{hf_opt,hf_llama,hf_t5}
     python -m tests.parity.hugging_face store_blip2      renews official_outputs/hf_{blip2,instructblip}_*
     python -m tests.parity.hugging_face exports          transformers opens our exports of its BLIP, BLIP-2 and InstructBLIP models
+    python -m tests.parity.hugging_face blip2_exports    of BLIP-2 and InstructBLIP alone
     python -m tests.parity.hugging_face sentences DIR    embeddings of a BERT for sentences (all-MiniLM-L6-v2), mean over its tokens
 
 The last two print the largest difference from ours; exit code 1 where it is above 1e-4.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 import tempfile
@@ -203,7 +205,9 @@ def blip2_answers(net, family: str, given: dict[str, torch.Tensor]) -> dict[str,
         if not family:
             match, cosine = (net(**given, use_image_text_matching_head=head) for head in (True, False))
             return dict(match=match.logits_per_image, cosine=cosine.logits_per_image)
-        out = dict(logits=net(**given).logits)
+        # forward counts padding as positions, generate does not
+        places = dict(position_ids=(given["attention_mask"].cumsum(1) - 1).clamp(min=0)) if family == "llama" else {}
+        out = dict(logits=net(**given, **places).logits)
         given = {k: v for k, v in given.items() if k != "decoder_input_ids"}
         for name, beams in (("greedy", 1), ("beam", 3)):
             out[name] = net.generate(**given, do_sample=False, num_beams=beams, max_new_tokens=NEW)[:, -NEW:]
@@ -275,18 +279,54 @@ def exports() -> dict[str, float]:
                 out[f"{name}: match"] = np.abs(net(**given).itm_score.numpy() - model.predict["match"](batch, first="cls")["match"]).max()
                 embeds = model.predict["embed"](batch)
                 out[f"{name}: cosine"] = np.abs(net(**given, use_itm_head=False).itm_score.numpy() - embeds["image_embed"] @ embeds["text_embed"].T).max()
-    return {name: float(x) for name, x in out.items()}
+    return {name: float(x) for name, x in (out | blip2_exports()).items()}
+
+
+def blip2_exports() -> dict[str, float]:
+    """Largest difference of the answers of transformers' models opened from our exports from those that were stored."""
+    import transformers as library
+
+    out = {}
+    for name, (kind, family) in BLIP2.items():
+        with tempfile.TemporaryDirectory() as work:
+            work = pathlib.Path(work)
+            imported = cli.import_release("hf_blip2", str(OUTPUTS / name), work / "in", say=quiet)
+            folder = cli.export_release("hf_blip2", imported, work / "out", say=quiet)
+            net, told = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+            assert not told["missing_keys"] and not told["unexpected_keys"], told
+            if kind == "blip-2" and family:
+                library.Blip2Model.from_pretrained(folder)
+        net, io = net.eval(), np.load(OUTPUTS / name / "io.npz")
+        given = {k.removeprefix("in_"): torch.from_numpy(x).long() if x.dtype == np.int32 else torch.from_numpy(x) for k, x in io.items() if k.startswith("in_")}
+        for key, x in blip2_answers(net, family, given).items():
+            wanted = io[f"out_{key}"]
+            ids = key in ("greedy", "beam")
+            out[f"{name}: {key}"] = (cut(x.numpy(), net) != cut(wanted, net)) if ids else np.abs(x.numpy() - wanted)[attended(x, given)].max()
+    return out
+
+
+def attended(x: torch.Tensor, given: dict[str, torch.Tensor]) -> np.ndarray:
+    """Where logits [b, l, v] stand on real tokens."""
+    mask = given["attention_mask"].numpy().astype(bool)
+    return mask if x.shape[:2] == mask.shape and "decoder_input_ids" not in given else np.ones(x.shape[:1], bool)
+
+
+def cut(ids: np.ndarray, net) -> list[list[int]]:
+    """Rows up to their first end; what fills them differs between versions."""
+    end = net.generation_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    return [row[:row.index(end)] if end in row else row for row in ids.tolist()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity.hugging_face", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("store", "store_language", "store_blip2", "exports", "sentences"))
+    parser.add_argument("what", choices=("store", "store_language", "store_blip2", "exports", "blip2_exports", "sentences"))
     parser.add_argument("directory", nargs="?", default="")
     args = parser.parse_args()
     if args.what.startswith("store"):
         {"store": store, "store_language": store_language, "store_blip2": store_blip2}[args.what]()
         return 0
-    found = exports() if args.what == "exports" else {"sentences": sentences(args.directory)}
+    found = {"exports": exports, "blip2_exports": blip2_exports}[args.what]() if args.what.endswith("exports") else {"sentences": sentences(args.directory)}
     for name, difference in found.items():
         print(f"{name}: largest difference {difference:.1e}")
     return int(max(found.values()) > 1e-4)
