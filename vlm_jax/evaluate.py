@@ -26,7 +26,8 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 
-OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa", "rule": "choice", "verbalisers": "choice"}      # flags that one kind has
+OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa", "rule": "choice",
+           "verbalisers": "choice"}      # flags that one kind has
 
 
 def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
@@ -67,7 +68,8 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "choice", "classify", "codebook"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "choice", "classify",
+                                         "codebook"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
     parser.add_argument("--train", default="", help="probe: what to fit on; vqa: what to count answers in")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")

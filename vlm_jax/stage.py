@@ -52,9 +52,9 @@ class Data:
         as a caption, "a photo of a {}" is filled with the name of the class.
     workers: processes that make batches instead of the reader threads, 0 for none.
     bad_budget: the share of samples that may be unreadable before the run stops.
-    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer.
+    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer. In other layouts than "plain" the most
+        candidates of a row, for evaluation: training draws an answer for its reply.
     answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
-        With prompts and replies: the most candidates of a row, which evaluation has.
     images: images per row, or frames of a video or an animation, evenly spread; several are ``images`` in a batch, instead of ``image``. 0: text alone.
     classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
     swap: "sides": in training, two images change places half of the time, and the words left and right with them.
@@ -335,11 +335,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
             begin, marked = data.text.marks.begin, writer.replies
             ids = {"bos": tokenizer.bos_id if begin < 0 else begin, "eos": marked.eos_id, "pad": marked.pad_id}
             fill_tokens(stage_config.model.tokens, tokenizer, ids, f"stages.{name}.model.tokens", data.tokenizer)
-    unknown = [key for key, value in stage_config.model.get("instruction_tokens", {}).items() if value == -1]
-    if unknown and instruction_tokenizer is None:
-        raise ConfigError(f"stages.{name}.model.instruction_tokens.{unknown[0]}=-1 is the instruction tokenizer's, and data.instruction_tokenizer is ''; "
-                          f"nearest: {data.tokenizer!r}")
-    if instruction_tokenizer is not None and "instruction_tokens" in stage_config.model:
+    if "instruction_tokens" in stage_config.model and instruction_tokenizer is None:
+        for key, value in stage_config.model.instruction_tokens.items():
+            if value == -1:
+                raise ConfigError(f"stages.{name}.model.instruction_tokens.{key}=-1 is the instruction tokenizer's, and data.instruction_tokenizer is ''; "
+                                  f"nearest: {data.tokenizer!r}")
+    elif "instruction_tokens" in stage_config.model:
         ids = {"bos": instruction_tokenizer.bos_id, "eos": instruction_tokenizer.eos_id, "pad": instruction_tokenizer.pad_id}
         fill_tokens(stage_config.model.instruction_tokens, instruction_tokenizer, ids, f"stages.{name}.model.instruction_tokens", data.instruction_tokenizer)
     if tokenizer is not None and "model" in stage_config:

@@ -32,8 +32,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
 
     Args:
         predict: needs "answer". Called with ``image``, ``text``, ``text_mask`` (where text is laid out, ``prompt`` and ``instruction``), and to rank with
-            ``candidates`` int32 [c,l] and ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns ``answer`` int [b], the number
-            of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
+            ``candidates`` int32 [c,l] and ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns
+            ``answer`` int [b], the number of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
         batches: host batches with ``image`` (or ``images``), ``text`` and ``meta`` (``answers`` as given, with repeats; ``key``, ``captions``).
         train_source: what the most frequent answers are counted in, without its images.
         method: "rank" or "generate". k: candidates that are scored in full, as the system chooses them.
