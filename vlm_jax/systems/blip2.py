@@ -161,10 +161,11 @@ def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: t
                 eps: float = 1e-5, instruction_tokens: dict | None = None, image_token: int = -1, dtype: str = "auto") -> Blip2:
     """The module of a config's ``model`` section, with the parts that ``terms`` need.
 
-    prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of the language model in stage 2. end: what stands at the end of
-    a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break). first: an id that nobody reads, in front of what is generated: it counts
-    as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in
-    stage 2, whose batches then have ``instruction``; None: it reads none. image_token: the id that files of transformers have in place of a query; nothing here reads it.
+    prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of
+    the language model in stage 2. end: what stands at the end of a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break).
+    first: an id that nobody reads, in front of what is generated: it counts as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts
+    begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in stage 2, whose batches then have ``instruction``; None: it reads
+    none. image_token: the id that files of transformers have in place of a query; nothing here reads it.
     """
     dtype = compute_dtype(dtype)
     image = vit.ViT(**sizes(vit.VARIANTS, image_size=size, dtype=dtype, **image))
@@ -326,6 +327,12 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     if not encodes and start < 0:
         raise ConfigError("model.tokens.bos is missing: a decoder's prompt begins with it; nearest: -1 with a tokenizer, or tokens.eos")
 
+    def prompt_ids() -> tuple[int, ...]:
+        """model.prompt. Raises ConfigError for words that no tokenizer has read."""
+        if isinstance(config.model.get("prompt", ()), str) and config.model.prompt:
+            raise ConfigError(f"model.prompt={config.model.prompt!r} is in words, and there is no tokenizer to read them; nearest: its ids")
+        return model.prompt
+
     def closed(ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids [b, l] with ``model.end`` in the place of the tokenizer's end."""
         if end < 0:
@@ -335,7 +342,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
 
     def opened(rows: int) -> tuple[jax.Array, jax.Array]:
         """The prompt of a caption: ids [b, p] and mask, as the tokenizer writes model.prompt, its begin or its end included."""
-        ids = jnp.asarray((*model.prompt, eos) if encodes else (start, *model.prompt), jnp.int32)
+        ids = jnp.asarray((*prompt_ids(), eos) if encodes else (start, *prompt_ids()), jnp.int32)
         return jnp.tile(ids, (rows, 1)), jnp.ones((rows, len(ids)), bool)
 
     def question(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -353,16 +360,14 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     def halves(ids: jax.Array, mask: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
         """Captions [b, l] cut at ``place`` [b]: (what comes before, with an end, its mask, what comes after, its mask)."""
         at, place = jnp.arange(ids.shape[1]), place[:, None]
-        after = place + at
-        real = mask & (at < ids.shape[1])
-        moved = jnp.take_along_axis(ids, jnp.minimum(after, ids.shape[1] - 1), 1)
-        kept = jnp.take_along_axis(real, jnp.minimum(after, ids.shape[1] - 1), 1) & (after < ids.shape[1])
-        return jnp.where(at == place, eos, ids), at <= place, jnp.where(kept, moved, tokens["pad"]), kept
+        kept = place + at < mask.sum(1, keepdims=True)
+        after = jnp.take_along_axis(ids, jnp.minimum(place + at, ids.shape[1] - 1), 1)
+        return jnp.where(at == place, eos, ids), at <= place, jnp.where(kept, after, tokens["pad"]), kept
 
     def lesson(batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
         """What is learned from a batch: ``prompt``, ``prompt_mask`` (or neither), ``ids``, ``mask``, ``target`` [r, l] and the ``weight`` of each row; r is b,
         or b * a for questions with a answers."""
-        if "answer" in batch:
+        if "answer_weight" in batch:
             rows, answers = batch["answer"].shape[:2]
             ids, mask = (batch[name].reshape(rows * answers, -1) for name in ("answer", "answer_mask"))
             prompt, prompt_mask = (jnp.repeat(x, answers, axis=0) for x in question(batch))
@@ -371,15 +376,15 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
                 ids, mask = ids[:, 1:], mask[:, 1:]
             return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask, weight=batch["answer_weight"].reshape(-1))
         ids, mask = closed(batch["text"], batch["text_mask"]), batch["text_mask"].astype(bool)
-        rows, length = ids.shape
+        rows = len(ids)
         if "target_mask" in batch:      # data.layout="joined"
             return dict(ids=ids, mask=mask, target=batch["target_mask"].astype(bool) & mask)
         if "prompt" in batch:           # data.layout="apart"
             return dict(prompt=batch["prompt"], prompt_mask=batch["prompt_mask"], ids=ids, mask=mask, target=mask)
         if not encodes:
-            told = len(model.prompt) + 1 if model.prompt else 0
-            ids, mask = (languages.after_first(x, y) for x, y in ((model.prompt, ids), ((True,) * len(model.prompt), mask)))
-            return dict(ids=ids, mask=mask, target=mask & (jnp.arange(ids.shape[1]) >= told))
+            told = prompt_ids()
+            ids, mask = languages.after_first(told, ids), languages.after_first((True,) * len(told), mask)
+            return dict(ids=ids, mask=mask, target=mask & (jnp.arange(ids.shape[1]) >= (len(told) + 1 if told else 0)))
         if o["cut"] == "whole":
             prompt, prompt_mask = opened(rows)
             return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
@@ -437,7 +442,8 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         """logits fp32 [b, l, vocab], whose row t predicts id t of ``text`` (the first one too), behind ``prompt`` where the batch has one; an encoder reads
         model.prompt where it has none."""
         prompt = (batch["prompt"], batch["prompt_mask"]) if "prompt" in batch else opened(len(batch["text"])) if encodes else (None, None)
-        return {"logits": apply(variables, Blip2.logits, apply(variables, Blip2.reply, prefix_of(variables, batch), *prompt, batch["text"], batch["text_mask"]))}
+        states = apply(variables, Blip2.reply, prefix_of(variables, batch), *prompt, batch["text"], batch["text_mask"])
+        return {"logits": apply(variables, Blip2.logits, states)}
 
     def behind(variables: Variables, batch: Batch, prompt: tuple[jax.Array, jax.Array], length: int):
         """(prefill, extend, ids [b, 1] that ``prefill`` takes) of what follows image and prompt: the id is the decoder's first one, or was never read."""
