@@ -32,9 +32,10 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], shar
         _write(path, arrays)
         return path.name
     names = [f"{path.stem}-{i + 1:05}-of-{len(groups):05}{path.suffix}" for i in range(len(groups))]
-    for name, group in zip(names, groups):
+    index = dict(metadata=dict(total_size=sum(x.nbytes for x in arrays.values())), weight_map={})
+    for name, group in zip(names, groups, strict=True):
         _write(path.with_name(name), group)
-    index = dict(metadata=dict(total_size=sum(x.nbytes for x in arrays.values())), weight_map={key: name for name, group in zip(names, groups) for key in group})
+        index["weight_map"] |= dict.fromkeys(group, name)
     path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=1))
     return f"{len(groups)} files {names[0]}, ..."
 

@@ -33,6 +33,7 @@ ITC, ITM, ITG, LM = "itc", "itm", "itg", "lm"
 STAGE1 = (ITC, ITM, ITG)
 CUTS = ("whole", "random")
 RULES = ("sum", "mean", "official")
+ANSWERING = ("generate", "rank")
 # lavis blip2_vicuna_instruct.py, blip2_t5_instruct.py: what ``generate`` does where nobody says otherwise
 INSTRUCTED = dict(method="beam", beams=5, repetition_penalty=1.5)
 
@@ -398,6 +399,9 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             return None if context is None else context.drop(name)
         images = batch["images"] if "images" in batch else batch["image"][:, None]
         tokens_of = apply(variables, Blip2.encode_image, images.reshape(-1, *images.shape[2:]), key=key("image"))
+        if instructed and "instruction" not in batch:
+            raise ConfigError("model.instruction_tokens: the queries read an instruction, and this batch has none; nearest: data.instruction_tokenizer and "
+                              "data.instruction_length")
         words = (batch["instruction"], batch["instruction_mask"]) if instructed else ()
         prefix = apply(variables, Blip2.prefix, tokens_of, *words, key=key("see"))
         return prefix.reshape(len(images), -1, prefix.shape[-1])
@@ -479,12 +483,17 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         return written(variables, batch, prompt, (max_length or data.length) + encodes, key, {**usual, **options, "min_length": min_length})
 
     def answer(variables: Variables, batch: Batch, *, key=None, method: str = "generate", beams: int = 5, max_length: int = 10, min_length: int = 1,
-               length_penalty: float | None = None, repetition_penalty: float | None = None, **options: Any) -> dict[str, jax.Array]:
-        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length] (Vicuna: [b, max_length]), from <bos> on, and score [b].
-        None stands for what the official code has: length_penalty, of beams, 0 for a decoder and -1 with an encoder; repetition_penalty 1.5 where queries
-        read instructions, else 1."""
-        if method != "generate":
-            raise ConfigError(f"method={method!r}: this system writes its answers; nearest: 'generate'")
+               length_penalty: float | None = None, repetition_penalty: float | None = None, k: int = 0, **options: Any) -> dict[str, jax.Array]:
+        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length] (Vicuna: [b, max_length]), from <bos> on, and
+        score [b]. None stands for what the official code has: length_penalty, of beams, 0 for a decoder and -1 with an encoder; repetition_penalty 1.5
+        where queries read instructions, else 1. method "rank": answer int [b], the likeliest of ``candidates`` [c, l], and its score; all are scored."""
+        if method not in ANSWERING:
+            raise ConfigError(f"method={method!r} is not known{nearest(method, ANSWERING)}")
+        if method == "rank":
+            given = {new: jnp.broadcast_to(batch[old], (len(batch["prompt" if "prompt" in batch else "text"]), *batch[old].shape))
+                     for old, new in (("candidates", "answer"), ("candidates_mask", "answer_mask"))}
+            score = rank(variables, {**batch, **given})["score"]
+            return {"answer": score.argmax(1), "score": score.max(1)}
         penalty = (-1.0 if encodes else 0.0) if length_penalty is None else length_penalty
         repeated = (INSTRUCTED["repetition_penalty"] if instructed else 1.0) if repetition_penalty is None else repetition_penalty
         return written(variables, batch, question(batch), max_length + (not vicuna), key,
