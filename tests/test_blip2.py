@@ -160,8 +160,8 @@ def test_states_and_logits_are_the_official_ones(opened, name):
 
 
 @pytest.mark.parametrize("name, change, output", [
-    ("blip2_stage1_eva", dict(model__eps=1e-6), "out_image_embeds"), ("blip2_stage1_eva", dict(model__qformer__eps=1e-5), "out_query_states"),
-    ("blip2_stage1_eva", dict(model__qformer__heads=1), "out_text_states"), ("blip2_stage2_opt", dict(model__language__eps=1e-4), "out_logits"),
+    ("blip2_stage1_eva", dict(model__eps=1e-6, model__qformer__eps=1e-5), "out_image_embeds"),
+    ("blip2_stage1_eva", dict(model__qformer__heads=1), "out_query_states"), ("blip2_stage2_opt", dict(model__language__eps=1e-4), "out_logits"),
     ("blip2_odd_clip", dict(model__image__activation="gelu"), "out_image_embeds")])
 def test_a_planted_mistake_shows(opened, name, change, output):
     assert opened(name).run(opened(name).stage(**change), of="features")[output] > 5
@@ -294,7 +294,7 @@ def looking(opened):
         variables = {"params": {**params, "qformer": former}}
 
         def passes(m):
-            tokens = m.encode_image(case.image["image"][rows])
+            tokens = m.encode_image(jnp.asarray(case.image["image"])[rows])
             states, own, seen = m.see(tokens)
             grounded = m.ground(ids, case.mask, seen)
             feature, text = m.image_feature(states), m.text_feature(m.encode_text(ids, case.mask))
@@ -328,7 +328,7 @@ def test_queries_are_a_set(looking):
         np.testing.assert_allclose(after[name], before[name], atol=2e-5)
 
 
-@pytest.mark.parametrize("layers, every", [(4, 2), (5, 2), (3, 1), (3, 5), (1, 2)])
+@pytest.mark.parametrize("layers, every", [(5, 2), (2, 1), (3, 5)])
 def test_layers_of_any_number_and_frequency(layers, every):
     """Words read in one go and one by one; an image's keys made before and anew; a text whose padding is hidden."""
     former = QFormer(width=24, layers=layers, heads=3, mlp_dim=20, queries=3, memory_width=10, vocab=40, positions=9, cross_every=every)
@@ -344,7 +344,9 @@ def test_layers_of_any_number_and_frequency(layers, every):
         return (m.fuse(ids, mask, image), m.fuse(ids, mask, None, seen, jnp.array([0, 1])), m.fuse(other, mask, image)[:, :3], whole,
                 jnp.concatenate([first, then], 1), m.read(ids, mask)[1, :4], m.read(other, mask)[1, :4])
 
-    variables = nn.unbox(jax.jit(lambda key: former.init(key, ids, mask, image, method=QFormer.fuse))(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(lambda key: former.init(key, ids, mask, image, method=QFormer.fuse), jax.random.key(0)))
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
     fused, again, hidden, whole, stepped, read_once, read_other = jax.device_get(jax.jit(lambda v: former.apply(v, method=passes))(variables))
     params = variables["params"]
     count = sum(params[part]["cross"]["norm_cross"]["scale"].size // 24 for part in ("blocks", "tail") if part in params)
@@ -471,8 +473,17 @@ def test_files_of_what_was_trained_go_together_with_the_towers_files(opened, nam
     release = json.loads((folder / "import.json").read_text())["release"]
     back = read.open_weights(cli.export_release(release, folder, tmp_path / "out", say=lambda line: None))
     assert set(back) == {n for n in own if "position_ids" not in n and n not in json.loads((folder / "import.json").read_text())["ignored"]}
+    with pytest.raises(ConfigError, match="stores all of a model in one place"):
+        cli.import_release("blip", str(tmp_path / "own"), tmp_path / "none", hints, say=lambda line: None)
     with pytest.raises(ConfigError, match="without visual_encoder.*name the tower's file with --image"):
         cli.import_release("blip2", str(tmp_path / "own"), tmp_path / "none", Hints(language=hints.language), say=lambda line: None)
+
+
+def test_positions_of_clips_eye_keep_their_corners():
+    """LAVIS resizes them with align_corners; what lies between was compared with torch."""
+    ramp = np.arange(3.0).repeat(3)[:, None]
+    found = weight_rules.resize_grid(np.concatenate([[[9.0]], ramp]), 26, "corners")
+    assert found[0] == 9 and np.allclose(found[1:].reshape(5, 5)[:, 2], [0, 0.40625, 1, 1.59375, 2])
 
 
 # ---- stages
@@ -559,6 +570,7 @@ def test_questions_learn_their_answers(opened, name):
         row = {"prompt": asked["text"], "prompt_mask": asked["text_mask"], "text": reply, "text_mask": there[:, 0]}
     else:
         question, real = case.io["in_question_ids"].astype(np.int32), case.io["in_question_mask"].astype(bool)
+        reply = np.where(reply == 2, case.section.model.end, reply)
         row = {"text": np.concatenate([question, reply], 1), "text_mask": np.concatenate([real, there[:, 0, 1:]], 1)}
         row["target_mask"] = np.concatenate([np.zeros_like(real), there[:, 0, 1:]], 1)
     assert abs(case.loss(case.resolved, {**case.image, **row})[0] - first) < 1e-5

@@ -34,7 +34,8 @@ def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]
     last, and not-a-number ranks last too. Other right targets never count.
 
     Args:
-        queries: float [q,e]. targets: float [t,e]; those of one side may have several vectors (``similarity``). right: for each query its right targets, one or more.
+        queries: float [q,e]. targets: float [t,e]; those of one side may have several vectors (``similarity``). right: for each query its right
+            targets, one or more.
         top: how many best targets to return.
 
     Returns:

@@ -168,7 +168,8 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in files}}
     provenance.write(out, {"system": config.system, "papers": list(stage.system.papers), "licence": licence,
                            **({"licence_link": link} if link else {}), "source": source, "starts": [provenance.start(jax.devices())]})
-    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize,
+              "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
               "ignored": sorted(ignored),
               "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
     (out / RECORD).write_text(json.dumps(record, indent=1))
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
-    parser.add_argument("--image", default="", help="import: the eye's own file, where the release stores what was trained alone (blip2: eva_vit_g.pth, clip_vit_L.pth)")
+    parser.add_argument("--image", default="", help="import: the eye's own file, where a release stores what was trained alone (eva_vit_g.pth)")
     parser.add_argument("--language", default="", help="import: the language model's directory, in the same case")
     parser.add_argument("--dtype", default="float32", help=f"import: of the stored weights, {' or '.join(DTYPES)}")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")

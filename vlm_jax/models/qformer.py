@@ -61,7 +61,7 @@ class QBlock(nn.Module):
             k, v = write(cache["key"], k, index), write(cache["value"], v, index)
         x = self.norm1(self.added(x, self.attn.merge(attend(q, k, v, mask, drop=self.attn.drop())), "attn_out"))
         if self.memory_width is not None and image is not None:
-            seen = dict(zip(("key", "value"), self.cross.project_memory(image)))
+            seen = dict(zip(("key", "value"), self.cross.project_memory(image), strict=True))
 
         def part(expert: str, x: jax.Array) -> jax.Array:
             if expert == QUERY and self.memory_width is not None:
