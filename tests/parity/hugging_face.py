@@ -309,7 +309,8 @@ def blip2_exports() -> dict[str, float]:
             work = pathlib.Path(work)
             imported = cli.import_release("hf_blip2", str(OUTPUTS / name), work / "in", say=quiet)
             folder = cli.export_release("hf_blip2", imported, work / "out", say=quiet)
-            net, told = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+            model = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0])
+            net, told = model.from_pretrained(folder, output_loading_info=True)
             assert not told["missing_keys"] and not told["unexpected_keys"], told
             if kind == "blip-2" and family:
                 library.Blip2Model.from_pretrained(folder)

@@ -161,9 +161,10 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
         vocab = shape_of(shapes, WORDS)[0]
         return dict(model=dict(model, embed=shape_of(shapes, "vision_proj.weight")[0], tokens=dict(vocab=vocab, bos=101, eos=102, pad=0, dec=vocab - 1)),
                     data=dict(data, length=min(32, former["positions"])), clamps=(), loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0)))
-    stated = config.get(family) or config.get("llm") or read_json(pathlib.Path(hints.language or folder), "config.json")
+    stated = config.get(family) or config.get("vicuna") or read_json(pathlib.Path(hints.language or folder), "config.json")
     language, vocab = MODULES[family].tower(shapes, dict(stated, **({"dense_act_fn": "gelu"} if family == "t5" else {})), LANGUAGES[family][0])
-    own = {"opt": dict(bos=2, eos=2, pad=1), "t5": dict(eos=1, pad=0), "llama": dict(bos=VICUNA_BEGIN, eos=2, pad=0 if vocab == llama.VOCAB else vocab - 1)}[family]
+    own = {"opt": dict(bos=2, eos=2, pad=1), "t5": dict(eos=1, pad=0),
+           "llama": dict(bos=VICUNA_BEGIN, eos=2, pad=0 if vocab == llama.VOCAB else vocab - 1)}[family]      # "[PAD]" is a row of its own
     if family == "llama":
         model["first"] = stated.get("bos_token_id", 1)
     if WORDS in shapes:

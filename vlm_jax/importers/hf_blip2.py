@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.importers import blip2, hf_t5
+from vlm_jax.importers import blip2, hf_llama, hf_t5
 from vlm_jax.importers.hf_llama import WEIGHTS
 from vlm_jax.importers.release import CLIP_MEAN, CLIP_STD, Hints, Release, Shapes, read_json, shape_of
 from vlm_jax.models import language as languages
@@ -208,9 +208,11 @@ def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> N
         image_processor_type="BlipImageProcessor", processor_class=processor, do_resize=True, size=dict(height=config.data.size, width=config.data.size),
         resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),
         do_convert_rgb=True), indent=1))
-    (folder / "processor_config.json").write_text(json.dumps(dict(processor_class=processor, num_query_tokens=former["queries"] if second or token >= 0 else None)))
+    queries = former["queries"] if second or token >= 0 else None
+    (folder / "processor_config.json").write_text(json.dumps(dict(processor_class=processor, num_query_tokens=queries)))
 
 
-RELEASE = Release("hf_blip2", "blip2", describe, rules, (r".*\.position_ids", *(rf"language_model\.{name}" for name in (*hf_t5.IGNORED, r".*rotary_emb\.inv_freq"))),
+IGNORED = (r".*\.position_ids", *(rf"language_model\.{name}" for name in (*hf_t5.IGNORED, *hf_llama.IGNORED)))
+RELEASE = Release("hf_blip2", "blip2", describe, rules, IGNORED,
                   ("model.safetensors", *(name for name in WEIGHTS if name != "model.safetensors")), write_config, resize="resize_positions_border", ties=ties,
                   given={"temp": 0.07, **dict.fromkeys(STAGE_1[1:], 0.0)}, zeros={KEY_BIAS: QUERY_BIAS}, library="transformers", task="image-text-to-text")
