@@ -13,7 +13,7 @@ from vlm_jax.importers import bert, eva, hf_llama, hf_opt, hf_t5
 from vlm_jax.importers.open_clip import blocks, heads, linear, norm
 from vlm_jax.importers.release import CLIP_MEAN, CLIP_STD, Hints, Release, Shapes, count_layers, grid_of, read_json, shape_of
 from vlm_jax.models import language as languages
-from vlm_jax.models import vit
+from vlm_jax.models import llama, vit
 from vlm_jax.models.qformer import VARIANTS
 from vlm_jax.models.sizes import sizes
 from vlm_jax.weight_rules import Rule
@@ -28,6 +28,7 @@ IGNORED = (r"Qformer\.bert\.embeddings\.position_ids", *(rf"visual_encoder\.{nam
            *(rf"llm_model\.{name}" for name in hf_llama.IGNORED))
 CLIP_LAYERS = 23      # of 24: lavis/models/clip_vit.py
 NEWLINE = 50118       # ends a text of OPT
+VICUNA_BEGIN = 2      # LAVIS's tokenizer of Vicuna has "</s>" as its begin
 
 
 # ---- rules -------------------------------------------------------------------------------------
@@ -160,15 +161,25 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
         vocab = shape_of(shapes, WORDS)[0]
         return dict(model=dict(model, embed=shape_of(shapes, "vision_proj.weight")[0], tokens=dict(vocab=vocab, bos=101, eos=102, pad=0, dec=vocab - 1)),
                     data=dict(data, length=min(32, former["positions"])), clamps=(), loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0)))
-    stated = config.get(family) or read_json(pathlib.Path(hints.language or folder), "config.json")
+    stated = config.get(family) or config.get("vicuna") or read_json(pathlib.Path(hints.language or folder), "config.json")
     language, vocab = MODULES[family].tower(shapes, dict(stated, **({"dense_act_fn": "gelu"} if family == "t5" else {})), LANGUAGES[family][0])
-    own = {"opt": dict(bos=2, eos=2, pad=1), "t5": dict(eos=1, pad=0), "llama": dict(bos=1, eos=2, pad=0)}[family]
+    own = {"opt": dict(bos=2, eos=2, pad=1), "t5": dict(eos=1, pad=0),
+           "llama": dict(bos=VICUNA_BEGIN, eos=2, pad=0 if vocab == llama.VOCAB else vocab - 1)}[family]      # "[PAD]" is a row of its own
+    if family == "llama":
+        model["first"] = stated.get("bos_token_id", 1)
     if WORDS in shapes:
-        model["instruction"] = shape_of(shapes, WORDS)[0]
+        model["instruction_tokens"] = dict(vocab=shape_of(shapes, WORDS)[0], bos=101, eos=102, pad=0)
+        data |= asked(family, own)
     if family == "opt":
         model["end"] = config.get("newline_id", NEWLINE if vocab > NEWLINE else -1)
-    return dict(model=dict(model, language=language, tokens=dict(vocab=vocab, **own)), data=dict(data, length=32), clamps=(),
+    return dict(model=dict(model, language=language, tokens=dict(vocab=vocab, **own)), data=dict(dict(length=32), **data), clamps=(),
                 loss=dict(weights=dict(lm=1.0)))
+
+
+def asked(family: str, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """How text lies where queries read instructions: lavis ``max_txt_len`` and ``max_output_txt_len``; Vicuna's candidates have no end."""
+    marks = dict(begin=tokens["bos"], pad=tokens["pad"], candidate_end="none") if family == "llama" else {}
+    return dict(length=256, layout="apart" if family == "t5" else "joined", prompt_length=128, marks=marks)
 
 
 def is_clip(shapes: Shapes) -> bool:

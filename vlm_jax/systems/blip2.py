@@ -1,4 +1,5 @@
-"""BLIP-2: queries between a frozen eye and a frozen language model (arXiv 2301.12597; salesforce/LAVIS)."""
+"""BLIP-2: queries between a frozen eye and a frozen language model (arXiv 2301.12597; salesforce/LAVIS). InstructBLIP (arXiv 2305.06500) is its second
+stage with queries that read the instruction too."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from vlm_jax.losses.matching import NEGATIVES, draw, matching, pairs
 from vlm_jax.losses.momentum import TARGETS
 from vlm_jax.losses.query_contrastive import GATHERED, query_contrastive
 from vlm_jax.losses.terms import wanted, weigh
-from vlm_jax.models import bert, t5, vit
+from vlm_jax.models import bert, llama, t5, vit
 from vlm_jax.models import language as languages
 from vlm_jax.models.qformer import VARIANTS, QFormer
 from vlm_jax.models.sizes import sizes
@@ -31,6 +32,10 @@ from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key, 
 ITC, ITM, ITG, LM = "itc", "itm", "itg", "lm"
 STAGE1 = (ITC, ITM, ITG)
 CUTS = ("whole", "random")
+RULES = ("sum", "mean", "official")
+ANSWERING = ("generate", "rank")
+# lavis blip2_vicuna_instruct.py, blip2_t5_instruct.py: what ``generate`` does where nobody says otherwise
+INSTRUCTED = dict(method="beam", beams=5, repetition_penalty=1.5)
 
 
 class Blip2(nn.Module):
@@ -38,7 +43,8 @@ class Blip2(nn.Module):
 
     ``terms``: the losses that there are parts for. Stage 1: with "itc" two projections and the temperature, with "itm" its head, with "itg" the
     language head, whose first id is ``dec``. Stage 2: with "lm" the language model, and the map from queries to its embeddings. ``prompt``: ids that
-    captions start with, without begin and end. ``eps``: of the norm of image tokens (transformers has 1e-6).
+    captions start with, without begin and end. ``first``: what generated text stands behind, -1 for the begin of prompts. ``eps``: of the norm of image
+    tokens (transformers has 1e-6).
     """
     image: vit.ViT
     qformer: QFormer
@@ -50,6 +56,7 @@ class Blip2(nn.Module):
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     temp_start: float = 0.07
     prompt: tuple[int, ...] = ()
+    first: int = -1
     eps: float = 1e-5
     dtype: Any = jnp.float32
 
@@ -122,12 +129,13 @@ class Blip2(nn.Module):
     # ---- stage 2
 
     def prefix(self, tokens: jax.Array, instruction: jax.Array | None = None, instruction_mask: jax.Array | None = None) -> jax.Array:
-        """Image tokens -> embeddings [b, queries, width of the language model]. instruction [b, q]: what the queries read beside the image."""
+        """Image tokens -> embeddings [b, queries, width of the language model]. instruction [b, q]: what the queries read beside the image.
+
+        Of n images in a row the tokens are [b * n, m, width] and the embeddings [b, n * queries, width]: each is seen alone, beside the same instruction."""
         if instruction is None:
-            states = self.qformer.see(tokens)[0]
-        else:
-            states = self.qformer.fuse(instruction, instruction_mask, tokens)[:, :self.qformer.queries]
-        return self.projection(states)
+            return self.projection(self.qformer.see(tokens)[0])
+        instruction, instruction_mask = (jnp.repeat(x, len(tokens) // len(x), axis=0) for x in (instruction, instruction_mask))
+        return self.projection(self.qformer.fuse(instruction, instruction_mask, tokens)[:, :self.qformer.queries])
 
     def reply(self, prefix: jax.Array, prompt: jax.Array | None, prompt_mask: jax.Array | None, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """States [b, l, width] of the language model, whose row t predicts id t of ``ids``; see ``models.language.predict_ids``."""
@@ -150,13 +158,15 @@ class Blip2(nn.Module):
 
 
 def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: tuple[str, ...], language: dict | None = None, embed: int = 256,
-                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] | str = (), end: int = -1, eps: float = 1e-5,
-                instruction: int = 0, dtype: str = "auto") -> Blip2:
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] | str = (), end: int = -1, first: int = -1,
+                eps: float = 1e-5, instruction_tokens: dict | None = None, image_token: int = -1, dtype: str = "auto") -> Blip2:
     """The module of a config's ``model`` section, with the parts that ``terms`` need.
 
     prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of
     the language model in stage 2. end: what stands at the end of a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break).
-    instruction: rows of the Q-Former's table of words in stage 2, whose batches then have ``instruction``; 0: it reads no words.
+    first: an id that nobody reads, in front of what is generated: it counts as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts
+    begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in stage 2, whose batches then have ``instruction``; None: it reads
+    none. image_token: the id that files of transformers have in place of a query; nothing here reads it.
     """
     dtype = compute_dtype(dtype)
     image = vit.ViT(**sizes(vit.VARIANTS, image_size=size, dtype=dtype, **image))
@@ -165,13 +175,13 @@ def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: t
         raise ConfigError("loss.weights has lm, but model.language is missing; nearest: model.language=dict(family='opt', variant='2.7b')")
     if second and set(terms) & set(STAGE1):
         raise ConfigError(f"loss.weights has {', '.join(terms)}: lm reads the language model's ids, the others the Q-Former's; nearest: two stages")
-    words = instruction if second else tokens["vocab"]
+    words = tokens["vocab"] if not second else instruction_tokens["vocab"] if instruction_tokens else 0
     former = QFormer(**sizes(VARIANTS, memory_width=image.width, vocab=words, dtype=dtype, **qformer))
     if not second and tokens["dec"] >= tokens["vocab"]:
         raise ConfigError(f"model.tokens.dec={tokens['dec']} is no row of a table of {tokens['vocab']}; nearest: model.tokens.vocab={tokens['dec'] + 1}")
     tower = languages.build(vocab=tokens["vocab"], dtype=dtype, **language) if second else None
     return Blip2(image, former, terms, tower, embed=embed, dec=-1 if second else tokens["dec"], mean=tuple(mean), std=tuple(std), temp_start=temp,
-                 prompt=() if isinstance(prompt, str) else tuple(prompt), eps=eps, dtype=dtype)
+                 prompt=() if isinstance(prompt, str) else tuple(prompt), first=first, eps=eps, dtype=dtype)
 
 
 def build_loss(*, weights: dict, negatives: str = "hard", targets: str = "pairs", gathered: str = "constant", label_smoothing: float = 0.1,
@@ -202,11 +212,12 @@ def build(config: Any) -> System:
     asked = {k: w for k, w in o["weights"].items() if wanted(o["weights"], k)}
 
     def init(key, spec):
-        return model.init(key, jnp.zeros((1, *spec["image"].shape[1:]), jnp.float32), jnp.zeros((1, 2), jnp.int32))
+        image = spec["images"].shape[2:] if "images" in spec else spec["image"].shape[1:]
+        return model.init(key, jnp.zeros((1, *image), jnp.float32), jnp.zeros((1, 2), jnp.int32))
 
     parts = second_stage if LM in terms else first_stage
     loss, predict = parts(model, config, o, asked)
-    return System(model, init, loss, predict, papers=("2301.12597",))
+    return System(model, init, loss, predict, papers=("2301.12597", *(("2305.06500",) if LM in terms and model.qformer.vocab else ())))
 
 
 # ---- stage 1: the Q-Former alone
@@ -313,6 +324,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     encodes = isinstance(model.language, t5.T5)
     eos, end = tokens["eos"], config.model.get("end", -1)
     start = tokens.get("bos", -1)      # T5 has none
+    instructed, vicuna = bool(model.qformer.vocab), isinstance(model.language, llama.Llama)
     if not encodes and start < 0:
         raise ConfigError("model.tokens.bos is missing: a decoder's prompt begins with it; nearest: -1 with a tokenizer, or tokens.eos")
 
@@ -385,15 +397,20 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     def prefix_of(variables: Variables, batch: Batch, context: Context | None = None) -> jax.Array:
         def key(name):
             return None if context is None else context.drop(name)
-        image_tokens = apply(variables, Blip2.encode_image, batch["image"], key=key("image"))
-        words = (batch["instruction"], batch["instruction_mask"]) if model.qformer.vocab else ()
-        return apply(variables, Blip2.prefix, image_tokens, *words, key=key("see"))
+        images = batch["images"] if "images" in batch else batch["image"][:, None]
+        tokens_of = apply(variables, Blip2.encode_image, images.reshape(-1, *images.shape[2:]), key=key("image"))
+        if instructed and "instruction" not in batch:
+            raise ConfigError("model.instruction_tokens: the queries read an instruction, and this batch has none; nearest: data.instruction_tokenizer and "
+                              "data.instruction_length")
+        words = (batch["instruction"], batch["instruction_mask"]) if instructed else ()
+        prefix = apply(variables, Blip2.prefix, tokens_of, *words, key=key("see"))
+        return prefix.reshape(len(images), -1, prefix.shape[-1])
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         learned = lesson(batch, context.key("cut") if context.train else None)
         weight = learned.pop("weight", None)
         target = learned.pop("target")
-        images = {k: batch[k] for k in ("image", "instruction", "instruction_mask") if k in batch}
+        images = {k: batch[k] for k in ("image", "images", "instruction", "instruction_mask") if k in batch}
 
         def states(part, chunk):
             own = context.replace(rng=drop_key(context, chunk)) if context.train else context
@@ -405,7 +422,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             out = apply(variables, Blip2.reply, prefix, flat.get("prompt"), flat.get("prompt_mask"), flat["ids"], flat["mask"], key=own.drop("reply"))
             return out.reshape(-1, answers, *out.shape[1:])
 
-        rows = len(batch["image"])
+        rows = len(batch["images"] if "images" in batch else batch["image"])
         text = {k: v.reshape(rows, -1, v.shape[-1]) for k, v in learned.items()}
         out = chunked(states, data.microbatch)({"images": images, "text": text})
         out = out.reshape(-1, *out.shape[2:])
@@ -421,8 +438,9 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         return total, Output({**raw, "token_accuracy": hits / jnp.maximum(count, 1)})
 
     def features(variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
-        """image [b, n, width], tokens; prefix [b, q, width of the language model]."""
-        return {"image": apply(variables, Blip2.encode_image, batch["image"]), "prefix": prefix_of(variables, batch)}
+        """prefix [b, q, width of the language model], what it reads of the images; image [b, m, width], tokens, of one image a row."""
+        seen = {"image": apply(variables, Blip2.encode_image, batch["image"])} if "image" in batch else {}
+        return {**seen, "prefix": prefix_of(variables, batch)}
 
     def caption_logits(variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
         """logits fp32 [b, l, vocab], whose row t predicts id t of ``text`` (the first one too), behind ``prompt`` where the batch has one; an encoder reads
@@ -431,41 +449,88 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         states = apply(variables, Blip2.reply, prefix_of(variables, batch), *prompt, batch["text"], batch["text_mask"])
         return {"logits": apply(variables, Blip2.logits, states)}
 
+    def behind(variables: Variables, batch: Batch, prompt: tuple[jax.Array, jax.Array], length: int):
+        """(prefill, extend, ids [b, 1] that ``prefill`` takes) of what follows image and prompt: the id is the decoder's first one, or was never read."""
+        prefix = prefix_of(variables, batch)
+        words = apply(variables, lambda m: m.language.embed(prompt[0]).astype(prefix.dtype))
+        x, mask = jnp.concatenate([prefix, words], 1), jnp.concatenate([jnp.ones(prefix.shape[:2], bool), prompt[1]], 1)
+        first = tokens["pad"] if encodes else model.first if model.first >= 0 else start
+        return (*languages.continuation(lambda fn: apply(variables, lambda m: fn(m.language)), model.language.clone(parent=None), x, mask, length),
+                jnp.full((len(x), 1), first, jnp.int32))
+
     def written(variables: Variables, batch: Batch, prompt: tuple[jax.Array, jax.Array], length: int, key, options: dict[str, Any]) -> dict[str, jax.Array]:
         """``decode`` behind image and prompt; its text begins with one id that was never read."""
-        prefix = prefix_of(variables, batch)
-
-        def behind(m):
-            return m.language.embed(prompt[0]).astype(prefix.dtype)
-
-        x, mask = jnp.concatenate([prefix, apply(variables, behind)], 1), jnp.concatenate([jnp.ones(prefix.shape[:2], bool), prompt[1]], 1)
-        first = tokens["pad"] if encodes else start
-        prefill, extend = languages.continuation(lambda fn: apply(variables, lambda m: fn(m.language)), model.language.clone(parent=None), x, mask, length)
-        out = decode(prefill, extend, jnp.full((len(x), 1), first, jnp.int32), max_length=length, key=key, eos_ids=eos if end < 0 else end,
-                     pad_id=tokens["pad"], batch_axis=model.language.CACHE_AXES, **{"beam_rule": "transformers_4.33", **options})
+        prefill, extend, first = behind(variables, batch, prompt, length)
+        out = decode(prefill, extend, first, max_length=length, key=key, eos_ids=eos if end < 0 else end, pad_id=tokens["pad"],
+                     batch_axis=model.language.CACHE_AXES, **{"beam_rule": "transformers_4.33", **options})
         text = out["text"]
+        if vicuna:      # as its official code reads what was written
+            text = jnp.where(text == 0, eos, text)
         return {**out, "text": text if end < 0 else text.at[:, 1:].set(jnp.where(text[:, 1:] == end, eos, text[:, 1:]))}
 
-    def generate(variables: Variables, batch: Batch, *, key=None, method: str = "greedy", beams: int = 1, max_length: int = 0, min_length: int = 1,
+    def generate(variables: Variables, batch: Batch, *, key=None, method: str | None = None, beams: int | None = None, max_length: int = 0, min_length: int = 1,
                  **options: Any) -> dict[str, jax.Array]:
         """A caption behind model.prompt, or a reply to ``prompt`` where the batch has one: text int32 [b, l], from <bos> on and without the prompt, whose end
         is the tokenizer's, and score [b].
 
         As in the official code, <bos> counts in min_length, in the length that beams' scores are divided by and, for a decoder, in max_length (0:
-        data.length): l is max_length, or with an encoder max_length + 1. Official captions: 5 beams, max_length 30, min_length 8,
-        length_penalty 0, repetition_penalty 1.15.
+        data.length): l is max_length, or with an encoder max_length + 1. Without a method the likeliest id is taken, and where queries read instructions 5
+        beams with repetition_penalty 1.5. Official captions: 5 beams, max_length 30, min_length 8, length_penalty 0, repetition_penalty 1.15.
         """
-        prompt = question(batch) if "prompt" in batch else opened(len(batch["image"]))
-        return written(variables, batch, prompt, (max_length or data.length) + encodes, key, dict(options, method=method, beams=beams, min_length=min_length))
+        usual = dict(INSTRUCTED) if instructed and method is None else dict(method=method or "greedy", beams=1)
+        usual |= {} if beams is None else dict(beams=beams)
+        prompt = question(batch) if "prompt" in batch else opened(len(batch["images"] if "images" in batch else batch["image"]))
+        return written(variables, batch, prompt, (max_length or data.length) + encodes, key, {**usual, **options, "min_length": min_length})
 
     def answer(variables: Variables, batch: Batch, *, key=None, method: str = "generate", beams: int = 5, max_length: int = 10, min_length: int = 1,
-               length_penalty: float | None = None, **options: Any) -> dict[str, jax.Array]:
-        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length], from <bos> on, and score [b]. length_penalty:
-        of beams, None for the official one, which is 0 for a decoder and -1 with an encoder."""
-        if method != "generate":
-            raise ConfigError(f"method={method!r}: this system writes its answers; nearest: 'generate'")
+               length_penalty: float | None = None, repetition_penalty: float | None = None, k: int = 0, **options: Any) -> dict[str, jax.Array]:
+        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length] (Vicuna: [b, max_length]), from <bos> on, and
+        score [b]. None stands for what the official code has: length_penalty, of beams, 0 for a decoder and -1 with an encoder; repetition_penalty 1.5
+        where queries read instructions, else 1. method "rank": answer int [b], the likeliest of ``candidates`` [c, l], and its score; all are scored."""
+        if method not in ANSWERING:
+            raise ConfigError(f"method={method!r} is not known{nearest(method, ANSWERING)}")
+        if method == "rank":
+            given = {new: jnp.broadcast_to(batch[old], (len(batch["prompt" if "prompt" in batch else "text"]), *batch[old].shape))
+                     for old, new in (("candidates", "answer"), ("candidates_mask", "answer_mask"))}
+            score = rank(variables, {**batch, **given})["score"]
+            return {"answer": score.argmax(1), "score": score.max(1)}
         penalty = (-1.0 if encodes else 0.0) if length_penalty is None else length_penalty
-        return written(variables, batch, question(batch), 1 + max_length, key,
-                       dict(options, method="beam" if beams > 1 else "greedy", beams=beams, min_length=min_length, length_penalty=penalty))
+        repeated = (INSTRUCTED["repetition_penalty"] if instructed else 1.0) if repetition_penalty is None else repetition_penalty
+        return written(variables, batch, question(batch), max_length + (not vicuna), key,
+                       dict(options, method="beam" if beams > 1 else "greedy", beams=beams, min_length=min_length, length_penalty=penalty,
+                            repetition_penalty=repeated))
 
-    return loss, {"features": features, "caption_logits": caption_logits, "generate": generate, "answer": answer}
+    def rank(variables: Variables, batch: Batch, *, key=None, rule: str = "sum") -> dict[str, jax.Array]:
+        """score fp32 [b, a] of the candidates ``answer`` [b, a, m] as replies to ``prompt`` (or ``text``), higher for what is likelier. Image and prompt are
+        read once for all of them.
+
+        rule: "sum" of the log-probabilities of a candidate's ids (its end included, where it has one), "mean" over them, "official": with an encoder the
+        sum, for a decoder the sum divided by all positions but one, of queries, of the batch's longest prompt and its longest candidate (the official
+        code with one segment: the order is that of "sum").
+        """
+        if rule not in RULES:
+            raise ConfigError(f"rule={rule!r} is not known{nearest(rule, RULES)}")
+        ids, mask = batch["answer"], batch["answer_mask"].astype(bool)
+        if "prompt" not in batch and not encodes:      # a reply does not begin anew
+            ids, mask = ids[..., 1:], mask[..., 1:]
+        prompt, length = question(batch), ids.shape[-1]
+        prefill, extend, first = behind(variables, batch, prompt, length)
+        logits, _, cache = prefill(first)
+
+        def told(candidate: jax.Array) -> jax.Array:
+            """Log-probability of each id [b, m]."""
+            rows = logits[:, None]
+            if length > 1:
+                rows = jnp.concatenate([rows, extend(cache, candidate[:, :-1])[0]], 1)
+            return jnp.take_along_axis(rows, candidate[..., None], axis=2)[..., 0] - jax.nn.logsumexp(rows, axis=2)
+
+        each = jnp.where(mask, jax.lax.map(told, ids.swapaxes(0, 1)).swapaxes(0, 1), 0.0)
+        score, count = each.sum(2), mask.sum(2)
+        if rule == "mean":
+            score = score / jnp.maximum(count, 1)
+        elif rule == "official" and not encodes:
+            frames = batch["images"].shape[1] if "images" in batch else 1
+            score = score / (frames * model.qformer.queries + prompt[1].sum(1).max() + count.max() - 1)
+        return {"score": score}
+
+    return loss, {"features": features, "caption_logits": caption_logits, "generate": generate, "answer": answer, "rank": rank}
