@@ -38,7 +38,7 @@ from vlm_jax.console import Console
 from vlm_jax.data import fingerprint, pipeline, tokenizers
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import cli
-from vlm_jax.nn import lora
+from vlm_jax.nn import narrow
 from vlm_jax.stage import BEST, IMPORTED, RESULT, Stage, folder_of
 from vlm_jax.train import checkpoint, init, loop
 from vlm_jax.train.metrics import MetricsLog, read_rows
@@ -234,7 +234,10 @@ class StageRun:
         return jax.random.key(self.stage.config.seed)
 
     def fresh(self, tx: Any) -> TrainState:
-        given = init.take_over(stages.init_rules(self.config, self.stage, self.workdir), self.stage.plan, self.open_origin, f"{self.where}.init")
+        plan = self.stage.plan
+        given = init.take_over(stages.init_rules(self.config, self.stage, self.workdir), dataclasses.replace(plan, shapes=narrow.unscaled(plan.shapes)),
+                               self.open_origin, f"{self.where}.init")
+        given = narrow.fit(given, plan.shapes, plan.axes)
         given |= {f"carry/{p}": x for p, x in stages.init_carry(self.config, self.stage, self.workdir).items()}
         return init.create(self.stage.system, self.stage.plan, tx, self.mesh, jax.random.fold_in(self.key, 0), self.stage.spec,
                            given, self.optim.ema)
@@ -406,7 +409,7 @@ class StageRun:
             chosen, _ = checkpoint.latest_good(self.folder / BEST)
             score = checkpoint.read_manifest(self.folder / BEST / str(chosen))["extra"]["score"]
             self.notes.append(f"The result is of step {chosen}, where {self.select.metric} was highest: {score:.4g}.")
-        leaves = lora.merge(stages.read_leaves(self.folder, which))
+        leaves = stages.whole(stages.read_leaves(self.folder, which))
         if self.select.average < 1:
             share, plan = self.select.average, self.stage.merged.plan
             started = init.take_over(stages.init_rules(self.config, self.stage.merged, self.workdir), plan, self.open_origin, f"{self.where}.init")
@@ -436,7 +439,9 @@ class StageRun:
 
 
 def write_report(stage: Stage, folder: pathlib.Path, evaluations: Mapping[str, Any], scores: Mapping[str, float], notes: list[str]) -> None:
-    from vlm_jax import report      # matplotlib takes a second to import; a run needs it at its end
+    from vlm_jax import (
+        report,  # matplotlib takes a second to import; a run needs it at its end
+    )
 
     pictures: dict[str, Any] = {}
     for result in evaluations.values():

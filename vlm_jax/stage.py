@@ -30,10 +30,10 @@ from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import vqa
 from vlm_jax.importers import hub
-from vlm_jax.nn import lora
+from vlm_jax.nn import lora, narrow
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
-from vlm_jax.train.state import merge, narrow
+from vlm_jax.train.state import merge
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
 TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
@@ -345,7 +345,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
     if stage_config.lora:
         adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
         system = configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters)
-    system = configs.call(narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
+    system = configs.call(narrow.narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
     return Stage(name, stage_config, data, tokenizer, system, adapters, instruction_tokenizer)
 
 
@@ -566,8 +566,13 @@ def init_carry(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> dict[
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All leaves a model needs (parameters and statistics): the stage's result where it chose one (``Select``), else
-    its newest good checkpoint; the averaged weights where there are some, adapters merged. Raises ConfigError."""
-    return lora.merge(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
+    its newest good checkpoint; the averaged weights where there are some, int8 widened, adapters merged. Raises ConfigError."""
+    return whole(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
+
+
+def whole(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves as they were trained -> those of the model without adapters and int8 kernels."""
+    return lora.merge(narrow.restore(leaves))
 
 
 def read_carry(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
 from vlm_jax.nn.multiway import Layout, Multiway, multiway_stack, one
+from vlm_jax.nn.narrow import widen
 from vlm_jax.nn.norm import Norm
 from vlm_jax.nn.pixels import colour_bins
 from vlm_jax.nn.unit import unit
@@ -256,7 +257,7 @@ class TokenHead(nn.Module):
         return jnp.concatenate([states, jnp.ones((*states.shape[:-1], 1), states.dtype)], -1)
 
     def vocabulary(self) -> jax.Array:
-        return jnp.concatenate([self.kernel, self.bias[None]], 0)
+        return jnp.concatenate([widen(self, self.kernel, jnp.float32), self.bias[None]], 0)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """States -> fp32 [..., ids]."""
