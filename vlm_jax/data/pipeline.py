@@ -346,7 +346,7 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
                 captions = [said[row].reply] if sample.get("prompt") is None and sample.get("answers") or not captions else captions
                 own = {"question": said[row].prompt, "answers": captions}
             meta.append({"key": sample["key"], "captions": captions, "label": sample.get("label"), "index": index, **own, **told(sample)})
-        return ({**reader.images(image), **writer.arrays(said, training=False), "caption_id": ids[0], "image_id": ids[1],
+        return ({**reader.images(image, indices), **writer.arrays(said, training=False), "caption_id": ids[0], "image_id": ids[1],
                  "mask": mask, **reader.rows.arrays(samples, writer.replies)}, meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
