@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 import tokenizers as library
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tests import tiny
+from vlm_jax import config as configs
 from vlm_jax.data import templates, tokenizers
 from vlm_jax.data.bad import BadDataError, BadSample
 from vlm_jax.data.batch import GLOSSARY, validate
@@ -17,7 +19,8 @@ from vlm_jax.data.pipeline import eval_batches, preview, train_batches
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import ConfigError
-from vlm_jax.stage import resolve
+from vlm_jax.loading import Model
+from vlm_jax.stage import fill_tokens, inherit, resolve
 
 OPTIONS = dict(size=8, augment="squash", seed=1, threads=0)
 EVAL = dict(size=8, augment="squash", threads=0)
@@ -318,6 +321,11 @@ def test_frames_of_an_animation_are_spread_over_it(tokenizer, kind):
     assert batch["images"].shape == (1, 4, 8, 8, 3) and np.abs(batch["images"][0, :, 0, 0, 0].astype(int) - [0, 50, 125, 175]).max() <= 2
     with eval_batches(Samples(moving), tokenizer, **EVAL, batch=1, length=8) as batches:
         assert next(batches)[0]["image"].shape == (1, 8, 8, 3)      # one image: the first frame
+    with train_batches(Samples({"frames": [np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)] * 5, "text": ["x"]}), tokenizer,
+                       **OPTIONS | {"augment": "random_resized_crop(scale=0.1..0.5)|flip|color_jitter(0.4, 0.4, 0.4, 0.1)"}, batch=2, length=8,
+                       rows=Rows(images=3)) as batches:
+        drawn = next(batches)[1]["images"]
+    assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 0] == drawn[:, 2]).all() and (drawn[0] != drawn[1]).any()      # one way to cut a video
     still, cut = io.BytesIO(), Samples({"image": moving["image"][:-40], "text": ["x"]}, {"image": b"no picture", "text": ["x"]})
     Image.new("RGB", (9, 9)).save(still, "PNG")
     with eval_batches(Samples({"image": still.getvalue(), "text": ["x"]}), tokenizer, **EVAL, batch=1, length=8, rows=Rows(images=4)) as batches:
@@ -380,19 +388,76 @@ def test_a_stage_says_the_shapes_of_its_layout(tmp_path):
     assert stage_of().replies.kind == "sentencepiece"
 
 
+def test_an_evaluation_may_have_other_frames_and_another_template():
+    stage = stage_of(layout="joined", prompt_length=40, templates="task", size=32)
+    batch = next(iter(stage.eval_batches(stage.open("scenes:test/video"), 2, 2, images=4, template="{q} - answer:")))
+    assert batch["images"].shape == (2, 4, 32, 32, 3) and all(m["question"].endswith(" - answer:") for m in batch["meta"])
+    with pytest.raises(ConfigError, match=r"stages\.pretrain\.evals: templates: '\{p\}' has the slot"):
+        stage.eval_batches(stage.open("scenes:test/video"), 2, 2, template="{p}").__next__()
+
+
+def test_a_model_that_goes_on_reads_as_the_one_it_came_from(tmp_path):
+    """From a trained or imported directory come both tokenizers, the layout and the marks."""
+    layout = dict(layout="joined", prompt_length=30, instruction_tokenizer="scenes_instruct", instruction_length=24, templates="task", marks=dict(begin=2))
+    origin = stage_of(**layout)
+    folder = tmp_path / "origin"
+    for name in ("tokenizer", "instruction_tokenizer"):
+        getattr(origin, name).save(folder / name)
+    (folder / "config.json").write_text(configs.to_json(origin.config))
+    config = tiny.tiny("clip")
+    config.stages.pretrain = {**config.stages.pretrain.to_dict(), "model": "init", "init": str(folder), "data": dict(
+        train="scenes:train/colour", eval="scenes:test/colour", batch=8, size=0, length=0, tokenizer="", layout="")}
+    section = inherit(config, tmp_path, "pretrain")
+    assert section.data.instruction_tokenizer == str(folder / "instruction_tokenizer") and section.data.marks.to_dict() == dict(begin=2)
+    stage = resolve(section, "pretrain")
+    assert stage.spec["instruction"].shape == (8, 24) and stage.spec["text"].shape == (8, 30 + origin.data.length)
+    assert stage.instruction_tokenizer.vocab_size == 433 and stage.tokenizer.vocab_size == 401
+    assert stage.replies.decode([2, *stage.tokenizer.body("red"), 2, 7]) == "red"      # a begin that is an end too
+    config.stages.pretrain.data.layout = "plain"
+    assert "instruction_tokenizer" not in inherit(config, tmp_path, "pretrain").data      # who says "plain" has no use for the rest
+
+
+def test_a_loaded_model_replies_to_prompts():
+    stage = stage_of(layout="joined", prompt_length=6, length=8, instruction_tokenizer="scenes", instruction_length=6, marks=dict(begin=2), size=16)
+    model, seen = Model(stage, {}, {}), []
+
+    def generate(batch, **options):
+        seen.append((batch, options))
+        return {"text": np.concatenate([np.full((len(batch["image"]), 1), 2), batch["instruction"][:, 1:]], 1)}
+
+    model.predict = {"generate": generate}
+    picture = np.zeros((16, 16, 3), np.uint8)
+    assert model.reply(picture, ["is it red", "how many"], method="greedy") == ["is it red", "how many"]
+    batch, options = seen[0]
+    assert batch["image"].shape == (2, 16, 16, 3) and options == {"method": "greedy"}
+    assert batch["prompt"].tolist() == [[0, 0, 2, *model.tokenizer.body("is it red")], [0, 0, 0, 2, *model.tokenizer.body("how many")]]
+    assert model.reply([picture] * 3, "is it red") == ["is it red"] * 3
+    with pytest.raises(ConfigError, match="3 images and 2 prompts"):
+        model.reply([picture] * 3, ["a", "b"])
+    with pytest.raises(ConfigError, match="data.layout='plain' and reads no prompt; nearest: caption"):
+        Model(stage_of(), {}, {}).prompts("red")
+
+
+def test_what_a_run_is_told_of_its_text(tokenizer):
+    source, layout = open_source("scenes:train/colour"), Layout("joined", prompt_length=40, templates="task", marks=Marks(begin=2))
+    told = preview(source, tokenizers.load("scenes_instruct"), size=32, length=4, augment="squash", layout=layout, captions=32)
+    assert told["decoded"] == told["caption"] and told["ids"][0] == 2 == told["ids"][-1] and told["truncated"] == 0 and told["tokens_max"] <= 20
+    short = preview(source, tokenizer, size=32, length=4, augment="squash", layout=Layout("apart", prompt_length=6), captions=32)
+    assert short["truncated"] > 0.5 and short["decoded"].split()[-1] == short["caption"].split()[-1]
+
+
 def test_a_stage_tells_the_model_the_marks_that_it_reads():
     layout = dict(layout="joined", prompt_length=8, instruction_tokenizer="scenes", instruction_length=8)
-    tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
     stage = stage_of(marks=dict(begin=2, pad=900), **layout)
     assert stage.config.model.tokens.to_dict() == dict(vocab=901, bos=2, eos=2, pad=900)      # a row of its own for padding
     other = tokenizers.load("scenes")
-    from vlm_jax.stage import fill_tokens
-    section = stage.config.model.tokens.__class__(dict(tokens, dec=-1))
+    section, wrong = ConfigDict(dict(vocab=-1, bos=-1, dec=-1)), ConfigDict(dict(bos=7))
     fill_tokens(section, other, {"bos": 1, "eos": 2, "pad": 0}, "model.instruction_tokens", "scenes")
-    assert section.to_dict() == dict(vocab=other.vocab_size + 1, bos=1, eos=2, pad=0, dec=other.vocab_size)
-    wrong = stage.config.model.tokens.__class__(dict(tokens, bos=7))
+    assert section.to_dict() == dict(vocab=other.vocab_size + 1, bos=1, dec=other.vocab_size)
     with pytest.raises(ConfigError, match=r"instruction_tokens\.bos=7, but tokenizer 'scenes' has 1; nearest: 1"):
         fill_tokens(wrong, other, {"bos": 1, "eos": 2, "pad": 0}, "model.instruction_tokens", "scenes")
+    with pytest.raises(ConfigError, match=r"instruction_tokens\.vocab=-1 is the instruction tokenizer's.*nearest: 'scenes'"):
+        stage_of(dict(instruction_tokens=dict(vocab=-1)), layout="joined", prompt_length=8)
 
 
 @pytest.mark.parametrize("data,message", [
@@ -410,6 +475,7 @@ def test_a_stage_tells_the_model_the_marks_that_it_reads():
     (dict(layout="joined", prompt_length=8, prefix="word"), "prefix='word'.*nearest: 'words'"),
     (dict(layout="joined", prompt_length=8, marks=dict(begn=2)), "marks.begn=2 is not known; nearest: 'begin'"),
     (dict(layout="joined", prompt_length=8, marks=dict(end="none")), "marks.end='none' with marks.after=''.*nearest: end='eos'"),
+    (dict(layout="joined", prompt_length=8, marks=dict(end="none", after=" ")), "marks.after=' ' is no end.*nearest: end='eos'"),
     (dict(layout="joined", prompt_length=8, marks=dict(begin=-2)), "marks.begin=-2 is no id; nearest: -1"),
     (dict(layout="joined", prompt_length=8, images=2, swap="sides"), "swap='sides' is of captions.*nearest: swap=''"),
     (dict(layout="joined", prompt_length=8, answers=2, answer_length=4, classes=("a", "b")), r"answers=2 are candidates.*nearest: classes=\(\)")])

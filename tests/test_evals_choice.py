@@ -55,7 +55,8 @@ def ranking(scores, seen):
     return {"rank": rank}
 
 
-FOUR = [dict(prompt="what colour", choices=["red", "blue", "green"], label=1, kind="colour"), dict(prompt="how many", choices=["one", "two"], label=0, kind="count"),
+FOUR = [dict(prompt="what colour", choices=["red", "blue", "green"], label=1, kind="colour"),
+        dict(prompt="how many", choices=["one", "two"], label=0, kind="count"),
         dict(prompt="where is it", choices=["left", "right", "above"], label=2, kind="relation"),
         dict(prompt="what colour is it", choices=["white", "red"], label=1, kind="colour")]
 
@@ -66,7 +67,7 @@ def test_the_right_candidate_has_a_rank(tokenizer, answers):
     out = evals.run("choice", ranking([(0.1, 0.9, 0.5), (0.2, 0.2), (np.nan, 0.5, 0.1), (0.3, np.nan)], seen), batches(Asked(*FOUR), tokenizer, **answers),
                     tokenizer=tokenizer, rule="mean")
     s = out.scores
-    assert [item["rank"] for item in out.items] == [1, 2, 3, 2] and [item["chosen"] for item in out.items] == [1, 0, 1, 0]     # a tie is wrong, and so is nan
+    assert [item["rank"] for item in out.items] == [1, 2, 3, 2] and [item["chosen"] for item in out.items] == [1, 0, 1, 0]     # ties and nan are wrong
     assert s["choice/accuracy"] == 0.25 and s["choice/MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 2) / 4) and s["choice/questions"] == 4
     assert s["choice/accuracy/chance"] == pytest.approx((1 / 3 + 1 / 2) / 2) and s["choice/MRR/chance"] == pytest.approx(((11 / 18) + 0.75) / 2)
     assert s["choice/accuracy/colour"] == 0.5 and s["choice/MRR/relation"] == pytest.approx(1 / 3) and "choice/AUC" not in s
@@ -89,7 +90,8 @@ def test_two_classes_have_an_area_and_words_that_stand_for_them(tokenizer):
     words = (("no", "false"), ("yes", "true"))
     told = [np.log([0.3, 0.05, 0.2, 0.3] if true else [0.1, 0.3, 0.35, 0.01]) for true in truth]
     told[0] = told[0][[2, 3, 0, 1]]      # one is wrong
-    s = evals.run("choice", ranking(told, seen), batches(source, tokenizer), tokenizer=Writer(LAYOUT, tokenizer, 60, tokenizer).replies, verbalisers=words).scores
+    replies = Writer(LAYOUT, tokenizer, 60, tokenizer).replies
+    s = evals.run("choice", ranking(told, seen), batches(source, tokenizer), tokenizer=replies, verbalisers=words).scores
     assert s["choice/accuracy"] == pytest.approx(39 / 40) and s["choice/accuracy/existence"] == s["choice/accuracy"] and "choice/MRR" not in s
     margin = np.array([np.logaddexp(row[2], row[3]) - np.logaddexp(row[0], row[1]) for row in told])
     assert s["choice/AUC"] == pytest.approx(area(margin, np.array(truth))) and s["choice/AUC/chance"] == 0.5 and 0.9 < s["choice/AUC"] < 1

@@ -26,15 +26,17 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 
-OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa", "rule": "choice", "verbalisers": "choice"}      # flags that one kind has
+OPTIONS = {"templates": "zeroshot", "k": "rerank", "score": "rerank", "candidates": "vqa", "method": "vqa", "rule": "choice",
+           "verbalisers": "choice"}      # flags that one kind has
 
 
 def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int = 0, batch: int = 64, label: str = "", caption: str = "",
-             **options: Any) -> Any:
+             images: int = 0, template: str = "", **options: Any) -> Any:
     """Runs one evaluation of a loaded model (``vlm_jax.load``) over a source: an ``evals.Evaluation`` with scores and items.
 
     kind: of ``evals.KINDS``; data, train: sources (vlm_jax/data/sources.py), ``train`` for a probe, and for the most frequent answers;
-    options: the kind's own, such as ``templates``. Raises ConfigError.
+    images, template: frames of a video, and the wording of prompts, instead of those of training; options: the kind's own, such as
+    ``templates``. Raises ConfigError.
     """
     from vlm_jax import config as configs
     from vlm_jax import evals
@@ -59,18 +61,21 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
     model.ids("")     # without a tokenizer no batch can be made
-    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None), tokenizer=model.stage.replies,
+    return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None, images, template), tokenizer=model.stage.replies,
                      source=source, **fitted, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="work directory of a run, or an imported model")
-    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "choice", "classify", "codebook"))
+    parser.add_argument("kind", choices=("zeroshot", "probe", "retrieval", "rerank", "matching", "caption", "grounding", "vqa", "choice", "classify",
+                                         "codebook"))
     parser.add_argument("--data", required=True, help="what to score on: folder:DIR, tars:FILES, parquet:FILES, jsonl:FILE, csv:FILE, ...")
     parser.add_argument("--train", default="", help="probe: what to fit on; vqa: what to count answers in")
     parser.add_argument("--label", default="", help="the label's field, such as json:label (class folders have it by themselves)")
     parser.add_argument("--caption", default="", help="the caption's field, such as txt or json:title")
+    parser.add_argument("--template", default="", help="the wording of prompts, such as 'Question: {q} Short answer:'")
+    parser.add_argument("--images", type=int, default=0, help="images of a row, or frames of a video")
     parser.add_argument("--templates", default="", help="zeroshot: prompt templates by name (vlm_jax/evals/prompts.py), photo by default")
     parser.add_argument("--k", type=int, default=0, help="rerank: candidates of a query, 128 by default")
     parser.add_argument("--score", default="", help="rerank: match (default) or match+cosine")
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ConfigError(f"--{name}={value} has no use in {args.kind!r}; nearest: {kind!r}")
             options |= {name: value} if value else {}
         found = evaluate(load(args.directory), args.kind, args.data, train=args.train, examples=args.examples, batch=args.batch,
-                         label=args.label, caption=args.caption, **options)
+                         label=args.label, caption=args.caption, images=args.images, template=args.template, **options)
         Console().scores(found.scores)
         if args.out:
             out = pathlib.Path(args.out)

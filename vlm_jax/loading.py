@@ -15,6 +15,7 @@ from vlm_jax import partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.clean import Clean
+from vlm_jax.data.layouts import Said
 from vlm_jax.data.pipeline import EVAL_AUGMENT
 from vlm_jax.errors import ConfigError
 from vlm_jax.train.state import merge
@@ -84,6 +85,29 @@ class Model:
         self.ids("")
         ids = self._rows("generate", {"image": self.images(images)}, batch, **options)["text"]
         return [self.stage.replies.decode(row) for row in ids]
+
+
+    def prompts(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
+        """Strings -> what the system reads before it replies: ``prompt``, and ``instruction`` where it has one, with their masks. They are taken as they
+        are: data.templates is not for them. Raises ConfigError where the system reads no prompts (data.layout)."""
+        self.ids("")
+        if self.stage.data.layout == "plain":
+            raise ConfigError(f"system {self.config.system!r} was trained with data.layout='plain' and reads no prompt; nearest: caption")
+        said = [Said(((text, ""),)) for text in ([texts] if isinstance(texts, str) else texts)]
+        arrays = self.stage.writer.arrays(said, training=False)
+        return {key: value for key, value in arrays.items() if key.startswith(("prompt", "instruction"))}
+
+    def reply(self, images: Any, prompts: str | Sequence[str], batch: int = 16, **options: Any) -> list[str]:
+        """A reply to each prompt about its image; one image, or one prompt, is for all. ``options``: as of ``caption``. Raises ConfigError."""
+        asked, images = self.prompts(prompts), self.images(images)
+        rows = max(len(images), len(asked["prompt"]))
+        whole = {key: np.repeat(value, rows, 0) if len(value) == 1 else value for key, value in {"image": images, **asked}.items()}
+        wrong = next((f"{len(images)} images and {len(asked['prompt'])} prompts" for value in whole.values() if len(value) != rows), "")
+        if wrong:
+            raise ConfigError(f"{wrong} do not go together; nearest: as many of both, or one of either")
+        if "generate" not in self.predict:
+            raise ConfigError(f"system {self.config.system!r} does not generate text (it has {', '.join(self.predict)})")
+        return [self.stage.replies.decode(row).strip() for row in self._rows("generate", whole, batch, **options)["text"]]
 
 
 def load(directory: str | pathlib.Path) -> Model:

@@ -172,6 +172,7 @@ class StageRun:
     def check(self) -> None:
         """Raises ConfigError for sections that do not fit together, or that are not those the stage was started with."""
         for name, setting in self.evals.items():
+            self.stage.scored(setting.images, setting.template)
             if setting.kind not in evals.KINDS:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
@@ -189,7 +190,9 @@ class StageRun:
                               "which there is no use in averaging with; nearest: 1.0")
         if (self.folder / "config.json").exists():
             started = configs.to_plain(configs.from_json((self.folder / "config.json").read_text()))
-            changed = configs.changes(configs.ConfigDict({**configs.DEFAULTS, **started}), self.stage.config)     # a key may be younger than the run
+            data = dataclasses.asdict(configs.call(stages.Data, started["data"], f"{self.folder / 'config.json'}: data"))
+            started = configs.ConfigDict({**configs.DEFAULTS, **started, "data": data})      # a key may be younger than the run
+            changed = configs.changes(started, self.stage.config)
             if changed:
                 raise ConfigError(f"{self.folder} was started with another config; changed: " + "; ".join(changed)
                                   + ". Use another --workdir, or the old values.")
@@ -360,7 +363,8 @@ class StageRun:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
-                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
+                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None, setting.images,
+                                                                               setting.template),
                                    tokenizer=stage.replies, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")

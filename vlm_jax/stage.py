@@ -53,9 +53,9 @@ class Data:
         as a caption, "a photo of a {}" is filled with the name of the class.
     workers: processes that make batches instead of the reader threads, 0 for none.
     bad_budget: the share of samples that may be unreadable before the run stops.
-    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer.
+    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer. In other layouts than "plain" the most
+        candidates of a row, for evaluation: training draws an answer for its reply.
     answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
-        With prompts and replies: the most candidates of a row, which evaluation has.
     images: images per row, or frames of a video or an animation, evenly spread; several are ``images`` in a batch, instead of ``image``. 0: text alone.
     classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
     swap: "sides": in training, two images change places half of the time, and the words left and right with them.
@@ -174,7 +174,8 @@ class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
     every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
-    fitted on, and what frequent answers are counted in, "" for data.train.
+    fitted on, and what frequent answers are counted in, "" for data.train. images, template: instead of data.images (frames of a video) and
+    data.eval_template.
     """
     kind: str
     data: Any = ""
@@ -182,6 +183,8 @@ class Eval:
     examples: int = 0
     batch: int = 128
     every: int | str = 0
+    images: int = 0
+    template: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -199,10 +202,11 @@ class Stage:
     @functools.cached_property
     def replies(self) -> Any:
         """The tokenizer of what the system writes and of candidates, which may end otherwise than its texts; None without one."""
-        return None if self.tokenizer is None else self._writer.replies
+        return None if self.tokenizer is None else self.writer.replies
 
     @functools.cached_property
-    def _writer(self) -> Writer:
+    def writer(self) -> Writer:
+        """What lays text out; there is none without a tokenizer."""
         return Writer(self.data.text, self.tokenizer, self.data.length, self.instruction_tokenizer)
 
     @functools.cached_property
@@ -276,11 +280,12 @@ class Stage:
                               f"nearest: {tuple(own)}")
         return source
 
-    def eval_batches(self, source: Any, batch: int, examples: int | None) -> Iterator[dict[str, Any]]:
-        """Batches with ``meta`` beside the arrays, every sample once."""
+    def eval_batches(self, source: Any, batch: int, examples: int | None, images: int = 0, template: str = "") -> Iterator[dict[str, Any]]:
+        """Batches with ``meta`` beside the arrays, every sample once. images, template: instead of data.images and data.eval_template."""
+        keys = self.scored(images, template)
         with pipeline.eval_batches(source, self.tokenizer, batch=batch, size=self.data.size, length=self.data.length,
                                    augment=self.data.eval_augment or pipeline.EVAL_AUGMENT, limit=examples,
-                                   bad_budget=self.data.bad_budget, **self.beside) as batches:
+                                   bad_budget=self.data.bad_budget, **keys) as batches:
             for arrays, meta in batches:
                 real = iter(meta)
                 yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
@@ -292,6 +297,12 @@ class Stage:
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
             buckets=d.buckets, quarantine_path=str(quarantine), features=features, **self.beside)
+
+    def scored(self, images: int, template: str) -> dict[str, Any]:
+        """``beside`` for an evaluation with other images or another template, which stay as they are where it is 0 or "". Raises ConfigError."""
+        change = [("rows", "images", images), ("layout", "eval_template", template)]
+        return self.beside | {key: configs.call(dataclasses.replace, {}, f"stages.{self.name}.evals", self.beside[key], **{field: value})
+                              for key, field, value in change if value}
 
     @property
     def beside(self) -> dict[str, Any]:
@@ -341,7 +352,12 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruct
             begin, marked = data.text.marks.begin, writer.replies
             ids = {"bos": tokenizer.bos_id if begin < 0 else begin, "eos": marked.eos_id, "pad": marked.pad_id}
             fill_tokens(stage_config.model.tokens, tokenizer, ids, f"stages.{name}.model.tokens", data.tokenizer)
-    if instruction_tokenizer is not None and "instruction_tokens" in stage_config.model:
+    if "instruction_tokens" in stage_config.model and instruction_tokenizer is None:
+        for key, value in stage_config.model.instruction_tokens.items():
+            if value == -1:
+                raise ConfigError(f"stages.{name}.model.instruction_tokens.{key}=-1 is the instruction tokenizer's, and data.instruction_tokenizer is ''; "
+                                  f"nearest: {data.tokenizer!r}")
+    elif "instruction_tokens" in stage_config.model:
         ids = {"bos": instruction_tokenizer.bos_id, "eos": instruction_tokenizer.eos_id, "pad": instruction_tokenizer.pad_id}
         fill_tokens(stage_config.model.instruction_tokens, instruction_tokenizer, ids, f"stages.{name}.model.instruction_tokens", data.instruction_tokenizer)
     if tokenizer is not None and "model" in stage_config:

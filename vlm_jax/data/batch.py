@@ -13,7 +13,8 @@ apart    For an encoder with a decoder. ``prompt``, of data.prompt_length ids, i
 
 In evaluation both have ``prompt`` too, all that stands before the reply: with "joined" padded on the left, so that what is written next follows
 it. Prompts are cut on the left, behind their begin, and replies on the right; a joined row that was cut has no end, as nothing ended there.
-``instruction`` is the same prompt by data.instruction_tokenizer. What "generate" and "answer" return is the continuation alone, without the prompt.
+``instruction`` is the same prompt by data.instruction_tokenizer. What "generate" and "answer" return is the continuation without the prompt, from its
+first id on or from one begin before it.
 
 What a source's sample says of them, before it is tokenised: ``prompt``, a text, and ``text``, the replies, one of which is drawn; instead of both
 ``turns``, a list of (prompt, reply). Without a prompt a sample with ``answers`` asks ``text`` and has an answer as its reply; else ``text`` is the

@@ -116,6 +116,10 @@ class Said(NamedTuple):
     """What a row says: (prompt, reply) in turn, the last reply being that which is asked for. In the plain layout one turn without a prompt."""
     turns: tuple[tuple[str, str], ...]
 
+    @classmethod
+    def alone(cls, text: str) -> Said:
+        return cls((("", text),))
+
     @property
     def prompt(self) -> str:
         """All that stands before the last reply."""
@@ -132,14 +136,20 @@ class Said(NamedTuple):
 
 
 class Replies(Tokenizer):
-    """The tokenizer of replies alone, for those who write candidates or read what was generated: no begin, the end of the layout's replies."""
+    """The tokenizer of replies alone, for those who write candidates or read what was generated: no begin is written, the end is that of the layout."""
     kind = "replies"
 
     def __init__(self, inner: Tokenizer, marks: Marks, keeps_end: bool):
         self.inner, self.marks, self.keeps_end = inner, marks, keeps_end
-        self.bos_id, self.vocab_size = None, inner.vocab_size
+        self.vocab_size = inner.vocab_size
+        self.bos_id = inner.bos_id if marks.begin < 0 else marks.begin      # what is generated may begin with it
         self.pad_id = inner.pad_id if marks.pad < 0 else marks.pad
-        self.eos_id = inner.eos_id if marks.end == "eos" else inner.body(marks.after)[-1]
+        self.eos_id = inner.eos_id
+        if marks.end == "none":
+            alone, behind = inner.body(marks.after), inner.body("a" + marks.after)
+            if not alone or alone[-1] != behind[-1]:
+                raise ValueError(f"marks.after={marks.after!r} is no end: the tokenizer has no id for it behind a word; nearest: end='eos'")
+            self.eos_id = alone[-1]
         if self.eos_id is None:
             raise ValueError("marks.end='eos', but the tokenizer has no end; nearest: end='none' with after='\\n'")
 
@@ -165,6 +175,7 @@ class Replies(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = [int(i) for i in ids]
+        ids = ids[ids[:1] == [self.bos_id]:]      # which may be the end too
         return self.inner.decode(ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids)
 
     def fingerprint(self) -> str:
@@ -205,7 +216,7 @@ class Writer:
     def say(self, sample: Mapping[str, Any], clean: Clean, choose: Any, rng: np.random.Generator, training: bool) -> Said:
         """What a raw sample says. ``choose(texts, weights)`` takes one of several texts. Raises BadSample."""
         if self.layout.name == "plain":
-            return Said((("", self._chosen(sample.get("text"), sample.get("text_weight"), clean, choose, "caption")),))
+            return Said.alone(self._chosen(sample.get("text"), sample.get("text_weight"), clean, choose, "caption"))
         if sample.get("turns"):
             turns = tuple((clean(prompt), clean(reply)) for prompt, reply in sample["turns"])
             if self.layout.name == "apart" and training:
@@ -275,12 +286,20 @@ class Writer:
             out["instruction"], out["instruction_mask"] = padded(rows_of, layout.instruction_length, self.other.pad_id)
         return out
 
-    def count(self, said: Said) -> int:
-        """Ids of what a row says, of its longest array, before anything is cut."""
+    def count(self, said: Said) -> tuple[int, bool]:
+        """(ids of all that a row says, whether some are cut)."""
         if self.layout.name == "plain":
-            return len(self.tokenizer.encode(said.reply))
-        parts = [self.tokenizer.body(prompt) + self._reply(reply) for prompt, reply in said.turns]
-        return len(self.front) + sum(map(len, parts))
+            ids = len(self.tokenizer.encode(said.reply))
+            return ids, ids > self.length
+        prompts, replies = [len(self.tokenizer.body(prompt)) for prompt, _ in said.turns], [len(self._reply(reply)) for _, reply in said.turns]
+        ids, framed = len(self.front) + len(self.back) + sum(prompts) + sum(replies), len(self.front) + len(self.back)
+        asked = ids - replies[-1] if self.layout.name == "apart" else framed + max(prompts)
+        return ids, asked > self.layout.prompt_length or max(replies) > self.length or ids > self.layout.prompt_length + self.length
+
+    def read_back(self, ids: Sequence[int]) -> str:
+        """The text of a row's ids, whatever begins or ends in between."""
+        marks = () if self.layout.name == "plain" else (*self.front, *self.back, self.replies.eos_id)
+        return self.tokenizer.decode([i for i in ids if i not in marks])
 
     def _reply(self, reply: str, follows: bool = True) -> list[int]:
         return self.replies.body(reply, follows) + [self.replies.eos_id] * (self.layout.marks.end == "eos")

@@ -7,6 +7,7 @@ a reader process each (data/reader.py).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +36,13 @@ CAPTION_CHOICES = ("sample", "first")
 EVAL_AUGMENT = "resize|center_crop"
 
 
-def draw(image: np.ndarray, row: int, pictures: Sequence[Any], chain: ops.Chain, rng: np.random.Generator, max_pixels: int) -> None:
-    """Writes the pictures of a sample into ``row`` of ``image``. Raises BadSample."""
+def draw(image: np.ndarray, row: int, pictures: Sequence[Any], chain: ops.Chain, rng: np.random.Generator, max_pixels: int, moving: bool = False) -> None:
+    """Writes the pictures of a sample into ``row`` of ``image``; those of a ``moving`` one are all turned and cut alike. Raises BadSample."""
     pixels, each = image.reshape(-1).data, image[0].size // max(1, len(pictures))
     for at, picture in enumerate(pictures, row * len(pictures)):
         if isinstance(picture, bytes):
             picture = ops.decode(picture, max_pixels)
-        picture = chain.apply(picture, rng)
+        picture = chain.apply(picture, copy.deepcopy(rng) if moving else rng)
         pixels[at * each:(at + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
 
 
@@ -78,7 +79,7 @@ class _Reader:
         for i, (row, rng) in enumerate(zip(rows, rngs)):
             if self.features is None and not isinstance(found[i], BadSample):
                 try:
-                    draw(image, row, self.rows.pictures(found[i][1]), self.chain, rng, self.max_pixels)
+                    draw(image, row, self.rows.pictures(found[i][1]), self.chain, rng, self.max_pixels, self.rows.moving(found[i][1]))
                 except BadSample as error:
                     found[i] = error
         return found
@@ -375,19 +376,21 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
     else:
         raise BadDataError(f"none of the first {len(errors)} samples of {name_of(source)} can be read; "
                            f"the first: {errors[:1]}")
-    tokens = []
+    counts = []
     for i in np.unique(np.linspace(0, len(source) - 1, min(captions, len(source))).astype(np.int64)):
         try:
-            tokens += ([len(tokenizer.encode(reader.clean(t))) for t in read_text(source, int(i))] if layout.name == "plain" else
-                       [writer.count(reader.read(int(i), generators(0, np.array([i]), 1)[0])[0])])
+            each = map(Said.alone, map(reader.clean, read_text(source, int(i)))) if layout.name == "plain" else [
+                reader.read(int(i), generators(0, np.array([i]), 1)[0])[0]]
+            counts += map(writer.count, each)
         except BadSample:
             continue
+    tokens, cut = zip(*counts, strict=True)
     text = writer.arrays([said], training=True)
     ids = text["text"][0][text["text_mask"][0]]
     if "prompt" in text:
         ids = np.concatenate([text["prompt"][0][text["prompt_mask"][0]], ids])
     shown = image[0] if rows.images == 1 else np.concatenate(image[0], axis=1) if rows.images else None
     return {"key": sample["key"], "image": shown, "caption": " ".join(filter(None, (said.prompt, said.reply))), "ids": ids.tolist(),
-            "decoded": tokenizer.decode(ids), "samples": len(source), "captions": len(tokens),
+            "decoded": writer.read_back(ids.tolist()), "samples": len(source), "captions": len(tokens),
             "tokens_mean": float(np.mean(tokens)), "tokens_max": int(max(tokens)),
-            "truncated": float(np.mean(np.array(tokens) > layout.columns(length)))}
+            "truncated": float(np.mean(cut))}

@@ -79,6 +79,10 @@ class Rows:
             raise BadSample("missing_image")
         return found
 
+    def moving(self, sample: Mapping[str, Any]) -> bool:
+        """Whether the images of a row are frames of one video."""
+        return self.images > 1 and not sample.get("images")
+
     def check(self, sample: Mapping[str, Any], training: bool) -> None:
         """Raises BadSample where a sample lacks what training asks for, or has a label beyond the classes."""
         label = sample.get("label")

@@ -4,7 +4,7 @@
 caption      a caption, short
 detail       every object with all its attributes, and where each is seen from those before
 count        how many objects of a shape, colour, fill or size there are: the number is drawn first, among those that the scene has
-colour       the colour of the only object of its shape
+colour       the colour of an object
 relation     whether one object is on a side of another (half of the time it is, else it is on the opposite one), or on which side it is
 existence    whether there is an object of a colour and shape: half of the time there is, else another scene of the split has it
 comparison   which of two objects is bigger, or whether they have one size or fill

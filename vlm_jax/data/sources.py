@@ -352,10 +352,10 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
     addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many,
     "published:SET:SPLIT:DIR" (a data set of ``published.SETS`` in its authors' files).
-    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%).
-    A mixture is a tuple or list of these (or of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none). ``mixture``:
-    a rule for the shares instead, of ``SHARES``: "sqrt" (of the number of samples: InstructBLIP), "proportional" to it, or "uniform"; "@FACTOR"
-    multiplies what the rule gives a source.
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of
+    10%). A mixture is a tuple or list of these (or of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
+    ``mixture``: a rule for the shares instead, of ``SHARES``: "sqrt" (the root of the number of samples: arXiv 2305.06500), "proportional"
+    to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
     stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);

@@ -1,6 +1,6 @@
 """Wordings of instructions, by task.
 
-``origin`` says whose a wording is: "paper" is InstructBLIP's table of templates (arXiv 2305.06500, appendix), as the paper has it, grammar and
+``origin`` says whose a wording is: "paper" is the table of templates in the appendix of arXiv 2305.06500, as the paper has it, grammar and
 all; "ours" is written for this project, where the paper names a task and lists nothing. A template's slots are filled by ``fill``:
 
 =========== =============================================================================================
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from vlm_jax.errors import nearest
 
 SLOTS = ("q", "a", "choices", "history", "ocr")
-OCR_MOST = 30      # words that were read; InstructBLIP's number
+OCR_MOST = 30      # words that were read; as in the official code
 _SLOT = re.compile(r"\{(\w*)\}")
 
 

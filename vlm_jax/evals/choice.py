@@ -22,7 +22,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         predict: needs "rank". Called with what is asked (``image`` or ``images``, ``prompt``, ``instruction`` and their masks), ``answer`` int32
             [b,a,m] and ``answer_mask``, and with ``rule`` where it is given: how a candidate's tokens are summed, by a name of the system's. Returns
             ``score`` [b,a], higher for what is likelier.
-        batches: host batches with these (candidates are made of ``meta`` where data.answers is 0) and ``meta`` (``choices``, ``label``, ``key``, ``question``, ``kind``).
+        batches: host batches with these (candidates are made of ``meta`` where data.answers is 0) and ``meta`` (``choices``, ``label``, ``key``,
+            ``question``, ``kind``).
         verbalisers: for each class the words that stand for it, such as (("no", "false"), ("yes", "true")): all of them are ranked for every row, and
             a class has the sum of their probabilities, taking scores as logarithms. The label of a row is then its class, or, where it has none, the
             class of its reply.
@@ -88,8 +89,9 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         scores |= with_baselines("choice/AUC", area(margin, positive), 0.5, bootstrap.statistic_interval(of_units, len(rows_of)))
 
     best = [int(np.nanargmax(own)) if not np.isnan(own).all() else 0 for own in found]
-    items = [{"key": str(m.get("key", i)), "question": m.get("question", ""), "choices": named[i], "label": labels[i], "chosen": best[i], "rank": int(ranks[i]),
-              "score": found[i].tolist(), **{name: m[name] for name in ("kind", "question_id") if name in m}} for i, m in enumerate(meta)]
+    items = [{"key": str(m.get("key", i)), "question": m.get("question", ""), "choices": named[i], "label": labels[i], "chosen": best[i],
+              "rank": int(ranks[i]), "score": found[i].tolist(), **{name: m[name] for name in ("kind", "question_id") if name in m}}
+             for i, m in enumerate(meta)]
     near = [i for i, picture in enumerate(pictures) if picture is not None]
     chosen = in_turn([i for i in near if ranks[i] == 1], [i for i in near if ranks[i] > 1], shown)
     return Evaluation(scores, items, {"captions": [

@@ -31,9 +31,9 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     """Answers every question, by ranking a list of answers or in the model's own words, and compares with what people answered.
 
     Args:
-        predict: needs "answer". Called with ``image``, ``text``, ``text_mask`` (where text is laid out, ``prompt`` and ``instruction``), and to rank with ``candidates`` int32 [c,l] and
-            ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns ``answer`` int [b], the number
-            of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
+        predict: needs "answer". Called with ``image``, ``text``, ``text_mask`` (where text is laid out, ``prompt`` and ``instruction``), and to rank with
+            ``candidates`` int32 [c,l] and ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns
+            ``answer`` int [b], the number of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
         batches: host batches with ``image`` (or ``images``), ``text`` and ``meta`` (``answers`` as given, with repeats; ``key``, ``captions``).
         train_source: what the most frequent answers are counted in, without its images.
         method: "rank" or "generate". k: candidates that are scored in full, as the system chooses them.
@@ -78,7 +78,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
             else:
                 ids = out["text"][row].tolist()
                 said.append(tokenizer.decode(ids).strip())
-                cut += tokenizer.eos_id not in ids
+                cut += tokenizer.eos_id not in ids[ids[:1] == [tokenizer.bos_id]:]      # a begin may be the end too
             score.append(float(out["score"][row]))
             meta.append(m)
             pictures.append(thumbnail(side_by_side(batch, row)) if len(meta) <= 40 * shown else None)
