@@ -132,6 +132,11 @@ def _grow(x, shape):
     return np.concatenate([x, np.repeat(x.mean(0, keepdims=True), extra, 0)])
 
 
+def _grow_columns(x, shape):
+    """A larger vocabulary's head [width, vocab]: new columns are the mean of the old ones."""
+    return _grow(x.T, shape[::-1]).T
+
+
 def _grow_last(x, shape):
     """A larger table: new rows are copies of the last one."""
     extra = shape[0] - x.shape[0]
@@ -187,6 +192,7 @@ HOW: Mapping[str, How] = {
     "resize_positions_corners": How(_if_needed(lambda x, n: resize_grid(x, n, "corners")), _same),
     "resize_text_positions": How(_if_needed(resize_sequence), _same),
     "grow": How(_grow, _same),
+    "grow_columns": How(_grow_columns, _same),
     "grow_last": How(_grow_last, _same),
     "first_rows": How(lambda x, shape: x[:shape[0]], _same),
     "relative_positions": How(_relative, _relative_back),

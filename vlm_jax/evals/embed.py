@@ -62,7 +62,8 @@ def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Images:
-    """embeds float32 [n,e], or [n,k,e] where an image has several vectors, of which the nearest to a text counts (``rank.similarity``); meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
+    """embeds float32 [n,e], or [n,k,e] where an image has several vectors, of which the nearest to a text counts (``rank.similarity``);
+    meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
     tokens [n,m,w]: image tokens, where they were asked for."""
     embeds: np.ndarray
     meta: list[dict[str, Any]]

@@ -12,7 +12,8 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.importers import bert, eva, hf_llama, hf_opt, hf_t5
 from vlm_jax.importers.open_clip import blocks, heads, linear, norm
 from vlm_jax.importers.release import CLIP_MEAN, CLIP_STD, Hints, Release, Shapes, count_layers, grid_of, read_json, shape_of
-from vlm_jax.models import llama
+from vlm_jax.models import language as languages
+from vlm_jax.models import llama, vit
 from vlm_jax.models.qformer import VARIANTS
 from vlm_jax.models.sizes import sizes
 from vlm_jax.weight_rules import Rule
@@ -44,7 +45,8 @@ def layer_rules(target: str, layer: str) -> tuple[Rule, ...]:
     rules: list[Rule] = []
     for expert, suffix in (("query", "_query"), ("text", "")):
         rules += [*linear(f"{target}/mlp/{expert}/up", f"{layer}.intermediate{suffix}.dense"),
-                  *linear(f"{target}/mlp/{expert}/down", f"{layer}.output{suffix}.dense"), *norm(f"{target}/norm2/{expert}", f"{layer}.output{suffix}.LayerNorm")]
+                  *linear(f"{target}/mlp/{expert}/down", f"{layer}.output{suffix}.dense"),
+                  *norm(f"{target}/norm2/{expert}", f"{layer}.output{suffix}.LayerNorm")]
     return (*bert.attention(f"{target}/attn", f"{layer}.attention"), *norm(f"{target}/norm1", f"{layer}.attention.output.LayerNorm"),
             *bert.attention(f"{target}/cross", f"{layer}.crossattention"), *norm(f"{target}/norm_cross", f"{layer}.crossattention.output.LayerNorm"), *rules)
 
@@ -60,7 +62,8 @@ def former_rules(target: str, source: str, former: Mapping[str, Any]) -> tuple[R
         rules += [*layer_rules(f"{target}/blocks/{name}", f"{source}encoder.layer.{{layer*{every}+{i}}}"),
                   *layer_rules(f"{target}/tail/{name}", f"{source}encoder.layer.{whole + i}")]
     return ((f"{target}/queries", "query_tokens", "id_row"), (f"{target}/token_embed/table", f"{source}embeddings.word_embeddings.weight", "copy"),
-            (f"{target}/position_embed", f"{source}embeddings.position_embeddings.weight", "copy"), *norm(f"{target}/embed_norm", f"{source}embeddings.LayerNorm"), *rules)
+            (f"{target}/position_embed", f"{source}embeddings.position_embeddings.weight", "copy"),
+            *norm(f"{target}/embed_norm", f"{source}embeddings.LayerNorm"), *rules)
 
 
 def language_rules(language: Mapping[str, Any], shapes: Shapes) -> tuple[Rule, ...]:
@@ -94,11 +97,12 @@ def ties(names: Collection[str]) -> dict[str, str]:
 
 
 def parts(shapes: Shapes, hints: Hints) -> dict[str, str]:
-    """Files of towers that were named beside the file -> what their tensors' names start with in the whole. Raises ConfigError where the file lacks a tower that
-    no other file was named for."""
-    family = family_of(shapes, hints)
+    """Files of towers that were named beside the file -> what their tensors' names start with in the whole. Raises ConfigError where the file lacks
+    a tower that no other file was named for."""
+    family = family_of(shapes)
     out = {}
-    for path, prefix, flag, wanted in ((hints.image, EYE, "image", True), (hints.language, LANGUAGES[family][0] if family else "", "language", bool(family))):
+    towers = (hints.image, EYE, "image", True), (hints.language, LANGUAGES[family][0] if family else "", "language", bool(family))
+    for path, prefix, flag, wanted in towers:
         held = bool(prefix) and any(name.startswith(prefix) for name in shapes)
         if path and (held or not wanted):
             raise ConfigError(f"--{flag}={path!r}: the file {'holds' if held else 'has no use for'} a tower of its own; nearest: leave it out")
@@ -110,7 +114,7 @@ def parts(shapes: Shapes, hints: Hints) -> dict[str, str]:
     return out
 
 
-def family_of(shapes: Shapes, hints: Hints) -> str:
+def family_of(shapes: Shapes) -> str:
     """The family of the language model; "" in files of stage 1."""
     found = [family for family, (prefix, mapped) in LANGUAGES.items() if f"{mapped}.weight" in shapes]
     return found[0] if found else ""
@@ -152,7 +156,7 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
     former = former_section(shapes, config.get("qformer", {}).get("num_attention_heads", 0), hints)
     model = dict(image=image, qformer=former, mean=CLIP_MEAN, std=CLIP_STD, eps=1e-5)
     data = dict(size=size, eval_augment="squash")
-    family = family_of(shapes, hints)
+    family = family_of(shapes)
     if not family:
         vocab = shape_of(shapes, WORDS)[0]
         return dict(model=dict(model, embed=shape_of(shapes, "vision_proj.weight")[0], tokens=dict(vocab=vocab, bos=101, eos=102, pad=0, dec=vocab - 1)),
@@ -167,7 +171,8 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
         data |= asked(family, own)
     if family == "opt":
         model["end"] = config.get("newline_id", NEWLINE if vocab > NEWLINE else -1)
-    return dict(model=dict(model, language=language, tokens=dict(vocab=vocab, **own)), data=dict(dict(length=32), **data), clamps=(), loss=dict(weights=dict(lm=1.0)))
+    return dict(model=dict(model, language=language, tokens=dict(vocab=vocab, **own)), data=dict(dict(length=32), **data), clamps=(),
+                loss=dict(weights=dict(lm=1.0)))
 
 
 def asked(family: str, tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -186,12 +191,18 @@ def tell(shapes: Shapes, release: str) -> str:
 
 
 def write_config(config: Any, folder: pathlib.Path, names: Collection[str]) -> None:
-    """config.json: what the tensors cannot tell."""
-    former, language = sizes(VARIANTS, **config.model.qformer), config.model.get("language")
-    (folder / "config.json").write_text(json.dumps(dict(
-        model_type="blip2_lavis", image_size=config.data.size, vision=dict(heads=config.model.image["heads"]) if "heads" in config.model.image else {},
-        qformer=dict(num_attention_heads=former["heads"]), **({"newline_id": config.model.end} if config.model.get("end", -1) >= 0 else {}),
-        **({"language_family": language["family"]} if language else {})), indent=1))
+    """config.json: what the tensors cannot tell, as ``describe`` reads it."""
+    image, former, language = sizes(vit.VARIANTS, **config.model.image), sizes(VARIANTS, **config.model.qformer), config.model.get("language")
+    told = dict(image_size=config.data.size, vision=dict(heads=image["heads"]), qformer=dict(num_attention_heads=former["heads"]))
+    if config.model.get("end", -1) >= 0:
+        told["newline_id"] = config.model.end
+    if language:
+        tower = languages.build(vocab=config.model.tokens.vocab, **language)
+        told[language["family"]] = {
+            "opt": lambda: dict(num_attention_heads=tower.heads),
+            "llama": lambda: dict(num_attention_heads=tower.heads, rms_norm_eps=tower.eps, rope_theta=tower.theta),
+            "t5": lambda: dict(num_heads=tower.heads, layer_norm_epsilon=tower.eps, relative_attention_max_distance=tower.max_distance)}[language["family"]]()
+    (folder / "config.json").write_text(json.dumps(told, indent=1))
 
 
 def stored(config: Any, names: Collection[str]) -> set[str]:
@@ -204,4 +215,5 @@ def stored(config: Any, names: Collection[str]) -> set[str]:
 
 WEIGHTS = ("model.safetensors", "weights.safetensors", "*.pth")
 RELEASE = Release("blip2", "blip2", describe, rules, IGNORED, WEIGHTS, write_config, resize="resize_positions_border", ties=ties, parts=parts, stored=stored)
-CLIP_RELEASE = Release("blip2_clip", "blip2", describe, clip_rules, IGNORED, WEIGHTS, write_config, resize="resize_positions_corners", ties=ties, parts=parts, stored=stored)
+CLIP_RELEASE = Release("blip2_clip", "blip2", describe, clip_rules, IGNORED, WEIGHTS, write_config, resize="resize_positions_corners", ties=ties,
+                       parts=parts, stored=stored)

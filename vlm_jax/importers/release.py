@@ -38,6 +38,7 @@ class Release:
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
     blank: name of a tensor that the release's own loader demands and nobody reads -> the tensor whose shape it has, filled with zeros on export.
+    zeros: leaf that the layout has and our model has not -> the leaf whose shape it has; an export fills it with zeros.
     given: values of leaves that a file of this layout need not hold. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
@@ -56,6 +57,7 @@ class Release:
     resize: str = "resize_positions"
     ties: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
     blank: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    zeros: Mapping[str, str] = dataclasses.field(default_factory=dict)
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
     parts: Callable[[Shapes, Hints], Mapping[str, str]] = lambda shapes, hints: {}
     stored: Callable[[Any, Collection[str]], Collection[str]] = lambda config, names: names

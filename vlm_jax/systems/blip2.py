@@ -34,6 +34,7 @@ STAGE1 = (ITC, ITM, ITG)
 CUTS = ("whole", "random")
 EYES = ("image", "images", "image_states")      # keys of a batch, one of which says what is looked at
 RULES = ("sum", "mean", "official")
+ANSWERING = ("generate", "rank")
 # lavis blip2_vicuna_instruct.py, blip2_t5_instruct.py: what ``generate`` does where nobody says otherwise
 INSTRUCTED = dict(method="beam", beams=5, repetition_penalty=1.5)
 
@@ -167,13 +168,14 @@ class Blip2(nn.Module):
 
 def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: tuple[str, ...], language: dict | None = None, embed: int = 256,
                 mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), temp: float = 0.07, prompt: tuple[int, ...] | str = (), end: int = -1, first: int = -1,
-                eps: float = 1e-5, instruction_tokens: dict | None = None, dtype: str = "auto") -> Blip2:
+                eps: float = 1e-5, instruction_tokens: dict | None = None, image_token: int = -1, dtype: str = "auto") -> Blip2:
     """The module of a config's ``model`` section, with the parts that ``terms`` need.
 
-    prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of the language model in stage 2. end: what stands at the end of
-    a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break). first: an id that nobody reads, in front of what is generated: it counts
-    as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in
-    stage 2, whose batches then have ``instruction``; None: it reads none.
+    prompt: ids, or words, whose ids come from the tokenizer. tokens: of the text in batches: of the Q-Former's words in stage 1 (with ``dec``), of
+    the language model in stage 2. end: what stands at the end of a text instead of the tokenizer's own end, -1 for that (OPT: 50118, a line break).
+    first: an id that nobody reads, in front of what is generated: it counts as text that may be repeated; -1 for tokens.bos (Vicuna, whose prompts
+    begin with 2: 1). instruction_tokens: of the words that the Q-Former reads in stage 2, whose batches then have ``instruction``; None: it reads
+    none. image_token: the id that files of transformers have in place of a query; nothing here reads it.
     """
     dtype = compute_dtype(dtype)
     image = vit.ViT(**sizes(vit.VARIANTS, image_size=size, dtype=dtype, **image))
@@ -349,6 +351,12 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     if not encodes and start < 0:
         raise ConfigError("model.tokens.bos is missing: a decoder's prompt begins with it; nearest: -1 with a tokenizer, or tokens.eos")
 
+    def prompt_ids() -> tuple[int, ...]:
+        """model.prompt. Raises ConfigError for words that no tokenizer has read."""
+        if isinstance(config.model.get("prompt", ()), str) and config.model.prompt:
+            raise ConfigError(f"model.prompt={config.model.prompt!r} is in words, and there is no tokenizer to read them; nearest: its ids")
+        return model.prompt
+
     def closed(ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids [b, l] with ``model.end`` in the place of the tokenizer's end."""
         if end < 0:
@@ -358,7 +366,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
 
     def opened(rows: int) -> tuple[jax.Array, jax.Array]:
         """The prompt of a caption: ids [b, p] and mask, as the tokenizer writes model.prompt, its begin or its end included."""
-        ids = jnp.asarray((*model.prompt, eos) if encodes else (start, *model.prompt), jnp.int32)
+        ids = jnp.asarray((*prompt_ids(), eos) if encodes else (start, *prompt_ids()), jnp.int32)
         return jnp.tile(ids, (rows, 1)), jnp.ones((rows, len(ids)), bool)
 
     def question(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -376,16 +384,14 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     def halves(ids: jax.Array, mask: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
         """Captions [b, l] cut at ``place`` [b]: (what comes before, with an end, its mask, what comes after, its mask)."""
         at, place = jnp.arange(ids.shape[1]), place[:, None]
-        after = place + at
-        real = mask & (at < ids.shape[1])
-        moved = jnp.take_along_axis(ids, jnp.minimum(after, ids.shape[1] - 1), 1)
-        kept = jnp.take_along_axis(real, jnp.minimum(after, ids.shape[1] - 1), 1) & (after < ids.shape[1])
-        return jnp.where(at == place, eos, ids), at <= place, jnp.where(kept, moved, tokens["pad"]), kept
+        kept = place + at < mask.sum(1, keepdims=True)
+        after = jnp.take_along_axis(ids, jnp.minimum(place + at, ids.shape[1] - 1), 1)
+        return jnp.where(at == place, eos, ids), at <= place, jnp.where(kept, after, tokens["pad"]), kept
 
     def lesson(batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
         """What is learned from a batch: ``prompt``, ``prompt_mask`` (or neither), ``ids``, ``mask``, ``target`` [r, l] and the ``weight`` of each row; r is b,
         or b * a for questions with a answers."""
-        if "answer" in batch:
+        if "answer_weight" in batch:
             rows, answers = batch["answer"].shape[:2]
             ids, mask = (batch[name].reshape(rows * answers, -1) for name in ("answer", "answer_mask"))
             prompt, prompt_mask = (jnp.repeat(x, answers, axis=0) for x in question(batch))
@@ -394,16 +400,15 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
                 ids, mask = ids[:, 1:], mask[:, 1:]
             return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask, weight=batch["answer_weight"].reshape(-1))
         ids, mask = closed(batch["text"], batch["text_mask"]), batch["text_mask"].astype(bool)
-        rows, length = ids.shape
-        if "prompt" in batch:
-            prompt, prompt_mask = batch["prompt"], batch["prompt_mask"]
-            return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
-        if "target_mask" in batch:
+        rows = len(ids)
+        if "target_mask" in batch:      # data.layout="joined"
             return dict(ids=ids, mask=mask, target=batch["target_mask"].astype(bool) & mask)
+        if "prompt" in batch:           # data.layout="apart"
+            return dict(prompt=batch["prompt"], prompt_mask=batch["prompt_mask"], ids=ids, mask=mask, target=mask)
         if not encodes:
-            told = len(model.prompt) + 1 if model.prompt else 0
-            ids, mask = (languages.after_first(x, y) for x, y in ((model.prompt, ids), ((True,) * len(model.prompt), mask)))
-            return dict(ids=ids, mask=mask, target=mask & (jnp.arange(ids.shape[1]) >= told))
+            told = prompt_ids()
+            ids, mask = languages.after_first(told, ids), languages.after_first((True,) * len(told), mask)
+            return dict(ids=ids, mask=mask, target=mask & (jnp.arange(ids.shape[1]) >= (len(told) + 1 if told else 0)))
         if o["cut"] == "whole":
             prompt, prompt_mask = opened(rows)
             return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
@@ -415,6 +420,9 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     def prefix_of(variables: Variables, batch: Batch, context: Context | None = None) -> jax.Array:
         def key(name):
             return None if context is None else context.drop(name)
+        if instructed and "instruction" not in batch:
+            raise ConfigError("model.instruction_tokens: the queries read an instruction, and this batch has none; nearest: data.instruction_tokenizer and "
+                              "data.instruction_length")
         words = (batch["instruction"], batch["instruction_mask"]) if instructed else ()
         prefix = apply(variables, Blip2.prefix, tokens_of(model, variables, batch, key("image")), *words, key=key("see"))
         return prefix.reshape(next(len(batch[name]) for name in EYES if name in batch), -1, prefix.shape[-1])
@@ -459,7 +467,8 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         """logits fp32 [b, l, vocab], whose row t predicts id t of ``text`` (the first one too), behind ``prompt`` where the batch has one; an encoder reads
         model.prompt where it has none."""
         prompt = (batch["prompt"], batch["prompt_mask"]) if "prompt" in batch else opened(len(batch["text"])) if encodes else (None, None)
-        return {"logits": apply(variables, Blip2.logits, apply(variables, Blip2.reply, prefix_of(variables, batch), *prompt, batch["text"], batch["text_mask"]))}
+        states = apply(variables, Blip2.reply, prefix_of(variables, batch), *prompt, batch["text"], batch["text_mask"])
+        return {"logits": apply(variables, Blip2.logits, states)}
 
     def behind(variables: Variables, batch: Batch, prompt: tuple[jax.Array, jax.Array], length: int):
         """(prefill, extend, ids [b, 1] that ``prefill`` takes) of what follows image and prompt: the id is the decoder's first one, or was never read."""
@@ -495,12 +504,17 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         return written(variables, batch, prompt, (max_length or data.length) + encodes, key, {**usual, **options, "min_length": min_length})
 
     def answer(variables: Variables, batch: Batch, *, key=None, method: str = "generate", beams: int = 5, max_length: int = 10, min_length: int = 1,
-               length_penalty: float | None = None, repetition_penalty: float | None = None, **options: Any) -> dict[str, jax.Array]:
-        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length] (Vicuna: [b, max_length]), from <bos> on, and score [b].
-        None stands for what the official code has: length_penalty, of beams, 0 for a decoder and -1 with an encoder; repetition_penalty 1.5 where queries
-        read instructions, else 1."""
-        if method != "generate":
-            raise ConfigError(f"method={method!r}: this system writes its answers; nearest: 'generate'")
+               length_penalty: float | None = None, repetition_penalty: float | None = None, k: int = 0, **options: Any) -> dict[str, jax.Array]:
+        """Answers to questions ``prompt`` (or ``text``) about ``image``: text int32 [b, 1 + max_length] (Vicuna: [b, max_length]), from <bos> on, and
+        score [b]. None stands for what the official code has: length_penalty, of beams, 0 for a decoder and -1 with an encoder; repetition_penalty 1.5
+        where queries read instructions, else 1. method "rank": answer int [b], the likeliest of ``candidates`` [c, l], and its score; all are scored."""
+        if method not in ANSWERING:
+            raise ConfigError(f"method={method!r} is not known{nearest(method, ANSWERING)}")
+        if method == "rank":
+            given = {new: jnp.broadcast_to(batch[old], (len(batch["prompt" if "prompt" in batch else "text"]), *batch[old].shape))
+                     for old, new in (("candidates", "answer"), ("candidates_mask", "answer_mask"))}
+            score = rank(variables, {**batch, **given})["score"]
+            return {"answer": score.argmax(1), "score": score.max(1)}
         penalty = (-1.0 if encodes else 0.0) if length_penalty is None else length_penalty
         repeated = (INSTRUCTED["repetition_penalty"] if instructed else 1.0) if repetition_penalty is None else repetition_penalty
         return written(variables, batch, question(batch), max_length + (not vicuna), key,
