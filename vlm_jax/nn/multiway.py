@@ -5,8 +5,8 @@ alone and are joined again, so that each token is computed once, and nothing is 
 whoever computed them.
 
 What is split is a choice of the block: feed-forward parts alone (VLMo; BEiT-3 as in the paper, whose top layers have one joint expert),
-everything, with projections and norms of attention too (BEiT-3 as released), or nothing, which is what experts are measured against. Experts are sub-modules named by modality, with the axes
-that such a layer has anywhere: ``mlp/image/up/kernel``.
+everything, with projections and norms of attention too (BEiT-3 as released), or nothing, which is what experts are measured against.
+Experts are sub-modules named by modality, with the axes that such a layer has anywhere: ``mlp/image/up/kernel``.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ class MultiwayBlock(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        for name, value, valid in (("attention", self.attention, SPLIT), ("feed_forward", self.feed_forward, SPLIT), ("drop_path_by", self.drop_path_by, DROPS)):
-            if value not in valid:
+        for name, valid in (("attention", SPLIT), ("feed_forward", SPLIT), ("drop_path_by", DROPS)):
+            if (value := getattr(self, name)) not in valid:
                 raise ValueError(f"{name}={value!r} is not known{nearest(value, valid)}")
         inner = self.eps if self.sub_norm else 0.0
         split, fed = (self.experts if how == "split" else () for how in (self.attention, self.feed_forward))
