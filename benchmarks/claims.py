@@ -5,10 +5,10 @@
     python -m benchmarks.claims momentum_clipart --data=DIR      # tars of real pairs: DIR/train-*.tar, DIR/val-*.tar
 
 Every variant runs with every seed in a work directory of its own, WORKDIR/NAME/VARIANT/SEED. The same command again goes on where it
-was stopped, and runs nothing twice. Runs of one seed see the same data in the same order and start from the same weights (as far as the
-variants share them), so that differences are taken seed by seed: their mean has a paired interval, Student's t over the seeds. Above zero
-the claim holds here, below zero it is reversed, across zero it is open. WORKDIR/NAME/claim.json keeps everything,
-claim.md the rows for docs/results.md.
+was stopped, and runs nothing twice, nor what another claim in WORKDIR has run. Runs of one seed see the same data in the same order and
+start from the same weights (as far as the variants share them), so that differences are taken seed by seed: their mean has a paired
+interval, Student's t over the seeds. Above zero the claim holds here, below zero it is reversed, across zero it is open.
+WORKDIR/NAME/claim.json keeps everything, claim.md the rows for docs/results.md.
 
 A run is to take at most 90 s on 2 cores: what needs a large model or much data to be seen will not be seen here.
 """
@@ -44,7 +44,7 @@ Scores = Mapping[str, Mapping[int, Mapping[str, float]]]      # variant -> seed 
 class Claim:
     """What a paper says, and the runs that look at it.
 
-    config: as for ``--config``. shared, variants: keys of it as on the command line ("stages.pretrain.loss.alpha") and their values;
+    config: as for ``--config``, or by variant. shared, variants: keys of it as on the command line ("stages.pretrain.loss.alpha") and their values;
     what ``shared`` says holds for all variants. differences: what is compared, the side that the claim puts higher
     first. shown: scores to print beside those, of every variant. stage: as for ``--stage``.
 
@@ -54,7 +54,7 @@ class Claim:
     """
     sentence: str
     paper: str
-    config: str
+    config: str | Mapping[str, str]
     variants: Mapping[str, Mapping[str, Any]]
     differences: Mapping[str, tuple[Score, Score]]
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,6 +62,9 @@ class Claim:
     stage: str = ""
     prepare: Callable[..., Mapping[str, float] | None] | None = None
     made: Sequence[str] = ()
+
+    def config_of(self, variant: str) -> str:
+        return self.config if isinstance(self.config, str) else self.config[variant]
 
     def scores(self) -> dict[str, list[str]]:
         """The scores to print, by variant."""
@@ -103,6 +106,44 @@ BLIP_SHORT = stage(**SINGLES, steps=200, **{"loss.queue": 128, "loss.momentum": 
 HUMAN = {key: value for name in ("caption", "retrieval") for key, value in stage(name, **{
     **SINGLES, "data.train": "tars:{made}/human/*.tar", "steps": 80, "evals": {},
     **({"loss.queue": 128, "loss.momentum": 0.95} if name == "retrieval" else {})}).items()}
+
+# A transformer of three layers over 17 tokens of an image and 22 of a text, the top layer fused. What is compared learns at one rate.
+VLMO, BEIT3 = "configs/vlmo.py", "configs/beit3.py:targets=colours"
+MATRICES = {"optim.name": "muon", "optim.lr": 2e-3, "optim.muon_lr": 0.02,
+            "optim.muon_exclude": (r".*_head/.*|pooler/.*|lm_.*|(.*/)?table|.*_embed|position_bias/.*",)}
+TOWER = {"data.size": 32, **MATRICES, **{f"model.trunk.{k}": v for k, v in dict(
+    patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0).items()}}
+# Tokens that go through the transformer in a joint step of 24 pairs: each side alone, its top layer twice, and four times both
+FUSED_STEPS, FUSED_TOKENS = 400, 24 * ((17 + 22) * 4 // 3 + 4 * (17 + 22))
+
+
+def fused(steps: int = FUSED_STEPS, **fields: Any) -> dict[str, Any]:
+    """VLMo's last stage, of pairs."""
+    return stage("joint", **SMALL, **TOWER, steps=steps, evals=evals(**RERANK), **fields)
+
+
+def before(name: str, tokens: int, share: float) -> dict[str, Any]:
+    """A stage of images or texts alone, 96 of ``tokens`` in a step, that takes ``share`` of the tokens of ``FUSED_STEPS``."""
+    return stage(name, **{**SMALL, "data.batch": 96}, **TOWER, steps=round(share * FUSED_STEPS * FUSED_TOKENS / (96 * tokens)))
+
+
+FUSED = {"stage_order": ("joint",), **fused(init=())}
+SHOWN_OF_FUSED = ("rerank/text_to_image/R@10/dual_encoder", "rerank/text_to_image/reachable")
+
+
+def of_fused(ours: str, theirs: str) -> dict[str, tuple[Score, Score]]:
+    """Retrieval of two variants, by the dual encoder and re-ranked by the fusion encoder."""
+    return {f"{what}, {how}": ((ours, f"rerank/{score}{tail}"), (theirs, f"rerank/{score}{tail}"))
+            for how, tail in (("dual encoder", "/dual_encoder"), ("re-ranked", "")) for what, score in RECALL.items()}
+
+
+# The same three layers and shared attention; a third of the rows are images alone, a third texts, a third pairs
+MASKED_TOWER = {"data.size": 32, **MATRICES, **{f"model.tower.{k}": v for k, v in dict(
+    patch=8, width=96, layers=3, heads=3, mlp_dim=288, attention="shared", joint_layers=1, sub_norm=False).items()}}
+MASKED = {"stage_order": ("pretrain", "itc"),
+          **stage(**{**SMALL, "data.batch": 96}, **MASKED_TOWER, **{"loss.image_masked": 6}, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 32 * 2 * (17 + 22))),
+          **stage("itc", **{**SMALL, "data.batch": 48}, **MASKED_TOWER, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 48 * (17 + 22)),
+                  evals=evals(retrieval=dict(options=dict(captions="first"))))}
 
 # ---- data that claims make first
 
@@ -222,6 +263,34 @@ CLAIMS: dict[str, Claim] = {
         variants={"rewritten": stage(**{"data.train": "tars:{made}/{seed}/rewritten/*.tar"}), "noisy": stage(**{"data.train": "tars:{made}/noisy/*.tar"})},
         differences={"exact captions": (("rewritten", "caption/facts/exact"), ("noisy", "caption/facts/exact")),
                      "zero-shot": (("rewritten", "zeroshot/top1"), ("noisy", "zeroshot/top1"))}),
+    "stagewise": Claim(
+        sentence="Images alone, then texts alone, then pairs teach more than pairs from the start, at as many tokens through the transformer.",
+        paper="VLMo (arXiv 2111.02358), sections 3.4 and 4.4", config=VLMO,
+        variants={"staged": {"stage_order": ("vision", "language", "joint"), **before("vision", 17, 0.16), **before("language", 22, 0.16),
+                             **fused(round(0.68 * FUSED_STEPS))},
+                  "joint": FUSED},
+        differences=of_fused("staged", "joint"), shown=SHOWN_OF_FUSED),
+    "shared_attention": Claim(
+        sentence="Attention that all modalities share teaches more than attention of each one's own.",
+        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        variants={"shared": {}, "separate": stage("joint", **{"model.trunk.attention": "split"})},
+        differences=of_fused("shared", "separate"), shown=SHOWN_OF_FUSED),
+    "global_negatives": Claim(
+        sentence="Matching learns more from hard negatives of the whole batch than from those of six groups, as where each device has four pairs.",
+        paper="VLMo (arXiv 2111.02358), sections 3.3 and 4.4", config=VLMO, shared=FUSED,
+        variants={"global": {}, "local": stage("joint", **{"loss.group": 4})},
+        differences=of_fused("global", "local"), shown=SHOWN_OF_FUSED),
+    "experts": Claim(
+        sentence="Feed-forward experts by modality teach more than one feed-forward part for all, at the same work for each token.",
+        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        variants={"experts": {}, "one": stage("joint", **{"model.trunk.feed_forward": "shared"})},
+        differences=of_fused("experts", "one"), shown=SHOWN_OF_FUSED),
+    "masked_then_contrast": Claim(
+        sentence="Masked modelling alone and then contrast teach more than contrast, matching and masked words together, at as many tokens.",
+        paper="BEiT-3 (arXiv 2208.10442), sections 2.2 and 3.2", config={"masked": BEIT3, "together": VLMO},
+        variants={"masked": MASKED, "together": FUSED},
+        differences={what: (("masked", f"retrieval/{score}"), ("together", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},
+        shown=()),
 }
 
 
@@ -258,12 +327,23 @@ def set_fields(config: Any, fields: Mapping[str, Any], seed: int, places: Mappin
 
 def variant_config(claim: Claim, variant: str, seed: int, **places: Any) -> Any:
     """The config of one run."""
-    return set_fields(configs.from_file(claim.config), {**claim.shared, **claim.variants[variant]}, seed, {"seed": seed, **places}, claim.config)
+    name = claim.config_of(variant)
+    return set_fields(configs.from_file(name), {**claim.shared, **claim.variants[variant]}, seed, {"seed": seed, **places}, name)
+
+
+def finished(record: pathlib.Path, plain: Any, runs: pathlib.Path | None) -> dict[str, Any] | None:
+    """What a run of the config ``plain`` left: its own record, or one of the same seed among other claims' (``runs``)."""
+    others = () if runs is None else sorted(runs.glob(f"*/*/{record.parent.name}/{record.name}"))
+    for path in (record, *others):
+        if path.exists() and (done := json.loads(path.read_text()))["config"] == plain:
+            return done
+    return None
 
 
 def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Callable[..., Any],
-            data: str = "") -> tuple[Scores, dict[str, float]] | None:
-    """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``."""
+            data: str = "", runs: pathlib.Path | None = None) -> tuple[Scores, dict[str, float]] | None:
+    """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``.
+    ``runs``: the folder of all claims, whose runs of the same config and seed are not run again."""
     scores: dict[str, dict[int, Mapping[str, float]]] = {variant: {} for variant in claim.scores()}
     seconds, made = {}, folder / MADE
     for seed in seeds:      # all variants of a seed before the next one: an early look compares like with like
@@ -275,13 +355,14 @@ def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Cal
         for variant in claim.variants:
             config, workdir = variant_config(claim, variant, seed, made=made, data=data), folder / variant / str(seed)
             plain, record = json.loads(configs.to_json(config)), workdir / "run.json"
-            done = json.loads(record.read_text()) if record.exists() else {}
-            if done.get("config") != plain:
+            done = finished(record, plain, runs)
+            if done is None:
                 print(f"{folder.name}: {variant}, seed {seed}", file=sys.stderr, flush=True)
                 run = train(config, workdir, stage=claim.stage)
                 if not run.done:
                     return None
-                done = {"config": plain, "scores": run.scores, "seconds": json.loads((run.folder / "DONE").read_text())["seconds"]}
+                stages = [json.loads(path.read_text()) for path in workdir.glob("*/DONE")]
+                done = {"config": plain, "scores": run.scores, "seconds": sum(stage["seconds"] for stage in stages)}
                 record.write_text(json.dumps(done, indent=1))
             for name in claim.scores()[variant]:
                 if name not in done["scores"]:
@@ -365,7 +446,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list:
         for name, claim in CLAIMS.items():
-            print(f"{name}\n    {claim.sentence}\n    {claim.paper}; {claim.config}: {', '.join(claim.variants)}; {len(claim.variants) * len(SEEDS)} runs")
+            of = ", ".join(f"{variant} of {claim.config_of(variant)}" for variant in claim.variants)
+            print(f"{name}\n    {claim.sentence}\n    {claim.paper}; {of}; {len(claim.variants) * len(SEEDS)} runs")
         return EXIT_DONE
     try:
         if args.name not in CLAIMS:
@@ -376,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--seeds={args.seeds!r} is no list of numbers; nearest: 0,1,2") from None
         from vlm_jax import train  # imports a framework
         folder = pathlib.Path(args.workdir) / args.name
-        measured = measure(CLAIMS[args.name], folder, seeds, train, args.data)
+        measured = measure(CLAIMS[args.name], folder, seeds, train, args.data, folder.parent)
         if measured is None:
             print("stopped; the same command resumes", file=sys.stderr)
             return EXIT_PREEMPTED
