@@ -50,6 +50,7 @@ class Claim:
 
     prepare: makes what the variants of a seed train on, called as prepare(folder, seed, train); the same call again goes on where it was
     stopped. It returns scores, which stand beside those of the variants as "made", or None where a signal stopped it. made: those to print.
+    together: the name of its folder where several claims use what it makes, "" for one of the claim's own.
     In values, "{made}" is its folder, "{seed}" the seed, and "{data}" what the command line names by ``--data``.
     """
     sentence: str
@@ -62,6 +63,7 @@ class Claim:
     stage: str = ""
     prepare: Callable[..., Mapping[str, float] | None] | None = None
     made: Sequence[str] = ()
+    together: str = ""
 
     def config_of(self, variant: str) -> str:
         return self.config if isinstance(self.config, str) else self.config[variant]
@@ -145,6 +147,38 @@ MASKED = {"stage_order": ("pretrain", "itc"),
           **stage("itc", **{**SMALL, "data.batch": 48}, **MASKED_TOWER, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 48 * (17 + 22)),
                   evals=evals(retrieval=dict(options=dict(captions="first"))))}
 
+# BLIP-2: pairs as many and as small; an eye, a language model and the first stage are made first, once for a seed. What is learnt in 300 steps of a
+# frozen language model is learnt by Muon.
+BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
+BRIDGE = {**SMALL, "data.batch": 32, "data.size": 32, "data.length": 24}
+FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 300, 300, 300
+EYE, LANGUAGE, FIRST, SECOND = (f"{{made}}/{{seed}}/{i + 1}_{name}" for i, name in enumerate(("eye", "language", "pretrain", "generate")))
+IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
+SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, evals={}),
+        **stage("generate", **BRIDGE, steps=SECOND_STEPS, evals=evals(caption={}), init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), **{"data.prompt_length": 4})}
+TOWERS = {**SEEN, **stage("eye", **BRIDGE, steps=400, evals=evals(caption={})), **stage("language", steps=300),
+          **stage("pretrain", evals=evals(retrieval=dict(options=dict(captions="first")), caption={}))}
+WRITTEN = {"exact captions": "caption/facts/exact", "CIDEr-D": "caption/CIDEr-D"}
+QUERIES = (2, 8, 32)
+LANGUAGE_STILL = (r"(?!language/).*",)
+TYPES, NEW_TYPES = "count+colour+relation+existence", "comparison"
+REPLIES = {"data.eval": f"scenes:test/{TYPES}", "data.size": 32, "data.batch": 32, "data.prompt_length": 40, "data.length": 24, "checkpoint.every": 10_000}
+READ = {**stage("instruct", **REPLIES, steps=INSTRUCT_STEPS, init=((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{FIRST}:", "copy"), SECOND),
+                evals={name: dict(section, examples=400, batch=100) for name, section in dict(
+                    questions=dict(kind="vqa", data=f"scenes:test/{TYPES}", options=dict(method="generate", beams=1)),
+                    held_out=dict(kind="vqa", data=f"scenes:test/{NEW_TYPES}", options=dict(method="generate", beams=1)),
+                    choice=dict(kind="choice", data="scenes:test/choice"), caption=dict(kind="caption", data="scenes:test/caption")).items()},
+                **{"data.instruction_length": 40, "data.train": f"scenes:train/caption+detail+{TYPES}+vqg"}), "stage_order": ("instruct",)}
+BLIND = stage("instruct", init=SECOND, **{"model.instruction_tokens": {}, "data.instruction_tokenizer": "", "data.instruction_length": 0})
+SIZES = {"caption": 100_000, "colour": 10_000, "count": 2000, "existence": 600, "relation": 200}      # of a mixture's sources
+
+
+def replied(ours: str, theirs: str) -> dict[str, tuple[Score, Score]]:
+    """Replies of two variants, to instructions of the kinds that were trained on and of others."""
+    return {what: ((ours, score), (theirs, score)) for what, score in {
+        "questions": "questions/accuracy", "captions": "caption/facts/exact", "comparisons, held out": "held_out/accuracy", "choice, held out": "choice/accuracy"}.items()}
+
+
 # ---- data that claims make first
 
 POOL, CAP = 20_000, 500
@@ -210,6 +244,25 @@ def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[
     record.write_text(json.dumps(found))
     return found
 
+
+def bridge(made: pathlib.Path, seed: int, train: Callable[..., Any], last: str = "pretrain") -> dict[str, float] | None:
+    """An eye (made/SEED/1_eye), a language model and BLIP-2's stages up to ``last``. Scores: what the eye's own decoder and the first stage write."""
+    found = {}
+    config = set_fields(configs.from_file(BLIP2), {**TOWERS, "stages.generate.init": (("language/.*", "@language:", "copy"), NEW_PROJECTION, "@pretrain")},
+                        seed, {"seed": seed, "made": made}, BLIP2)
+    for name in config.stage_order[:config.stage_order.index(last) + 1]:
+        run = train(config, made / str(seed), stage=name)
+        if not run.done:
+            return None
+        found |= {f"{name}/{score}": value for score, value in run.scores.items()}
+    return found
+
+
+def spoken(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float] | None:
+    return bridge(made, seed, train, "generate")
+
+
+MADE_FIRST = ("eye/caption/facts/exact", "pretrain/retrieval/text_to_image/R@1", "pretrain/caption/facts/exact")
 
 # ---- the claims
 
@@ -291,6 +344,38 @@ CLAIMS: dict[str, Claim] = {
         variants={"masked": MASKED, "together": FUSED},
         differences={what: (("masked", f"retrieval/{score}"), ("together", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},
         shown=()),
+    "stage1": Claim(
+        sentence="Queries that first learn beside the eye alone then teach a frozen language model more than queries that start with it, at as many pairs.",
+        paper="BLIP-2 (arXiv 2301.12597), section 4.1 and figure 5", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
+        shared={**SEEN, "stage_order": ("generate",)},
+        variants={"stage1": {}, "none": stage("generate", steps=FIRST_STEPS + SECOND_STEPS, init=(IMAGE_RULE, LANGUAGE_RULE, (".*", "fresh", "copy")))},
+        differences={what: (("stage1", score), ("none", score)) for what, score in WRITTEN.items()}),
+    "queries": Claim(
+        sentence="More queries tell the language model more of an image.",
+        paper="BLIP-2 (arXiv 2301.12597), section 3.1, which has 32", config=BLIP2, prepare=bridge, together="bridge",
+        shared={**SEEN, "stage_order": ("pretrain", "generate"), **stage("pretrain", init=(IMAGE_RULE,)),
+                **stage("generate", init=(LANGUAGE_RULE, NEW_PROJECTION, "@pretrain"))},
+        variants={str(count): {**stage("pretrain", **{"model.qformer.queries": count}), **stage("generate", **{"model.qformer.queries": count})} for count in QUERIES},
+        differences={f"{what}, {a} queries against {b}": ((str(a), score), (str(b), score))
+                     for b, a in zip(QUERIES, QUERIES[1:], strict=False) for what, score in WRITTEN.items()}),
+    "trainable": Claim(
+        sentence="With eye and language model frozen the queries learn as much as where all weights train.",
+        paper="BLIP-2 (arXiv 2301.12597), section 4.1 and table 2", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
+        shared={**SEEN, "stage_order": ("generate",)},
+        variants={"frozen": {}, "language frozen": stage("generate", trainable=LANGUAGE_STILL), "full": stage("generate", trainable=(".*",))},
+        differences={f"{what}, against {other}": (("frozen", score), (other, score)) for other in ("language frozen", "full") for what, score in WRITTEN.items()}),
+    "instruction_aware": Claim(
+        sentence="Queries that read the instruction give better replies than queries that see the image alone.",
+        paper="InstructBLIP (arXiv 2305.06500), section 2.3 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge", shared=READ,
+        made=("generate/caption/facts/exact",), variants={"aware": {}, "blind": BLIND}, differences=replied("aware", "blind"),
+        shown=("questions/accuracy/most_frequent", "held_out/accuracy/most_frequent")),
+    "sampling": Claim(
+        sentence="Shares by the roots of sizes teach more than equal shares and than shares by sizes.",
+        paper="InstructBLIP (arXiv 2305.06500), section 2.4 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge",
+        made=("generate/caption/facts/exact",),
+        shared={**READ, **stage("instruct", **{"data.train": ";".join(f"scenes:train/{task}:{size}" for task, size in SIZES.items())})},
+        variants={rule: stage("instruct", **{"data.mixture": rule}) for rule in ("sqrt", "uniform", "proportional")},
+        differences={f"{what}, against {other}": sides for other in ("uniform", "proportional") for what, sides in replied("sqrt", other).items()}),
 }
 
 
@@ -300,6 +385,8 @@ def placed(value: Any, places: Mapping[str, Any]) -> Any:
     """A value with "{made}", "{seed}" and "{data}" filled in. Raises ConfigError where ``--data`` is missing."""
     if isinstance(value, Mapping):
         return {key: placed(each, places) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(placed(each, places) for each in value)
     if not isinstance(value, str):
         return value
     if "{data}" in value and not places.get("data"):
@@ -345,7 +432,7 @@ def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Cal
     """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``.
     ``runs``: the folder of all claims, whose runs of the same config and seed are not run again."""
     scores: dict[str, dict[int, Mapping[str, float]]] = {variant: {} for variant in claim.scores()}
-    seconds, made = {}, folder / MADE
+    seconds, made = {}, folder.parent / claim.together if claim.together else folder / MADE
     for seed in seeds:      # all variants of a seed before the next one: an early look compares like with like
         if claim.prepare:
             found = claim.prepare(made, seed, train)

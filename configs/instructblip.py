@@ -67,25 +67,27 @@ def get_config(arg=""):
     return c.stages(("instruct",), instruct=instruct(args.size, args.res or 224, args.start, args.words, args.bert, args.data))
 
 
-# ---- scenes
+# ---- scenes: comparisons and videos are held out
+
+HELD_IN_TASKS = "caption+detail+count+colour+relation+existence+vqg+dialogue+choice"
+
 
 def scenes(res):
     """Tokens, prompts and replies of scenes are short: 48 ids and 32 hold almost all."""
-    first = c.from_file(f"configs/blip2.py:scenes,res={res}").stages
-    pretrain, generate = first.pretrain.to_dict(), first.generate.to_dict()
-    for stage in (pretrain, generate):
-        stage["data"]["tokenizer"] = "scenes_instruct"
-    generate["model"]["language"] |= dict(positions=160)
+    before = c.from_file(f"configs/blip2.py:scenes,res={res}").stages.to_dict()
+    pretrain, generate = before["pretrain"], before["generate"]
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
-    text = dict(layout="joined", prompt_length=48, length=32, instruction_tokenizer="scenes_instruct", instruction_length=48, templates="task")
-    asked = dict(kind="vqa", examples=300, options=dict(method="generate", beams=1))
+    asked = dict(kind="vqa", examples=500, options=dict(method="generate", beams=1))
     instruct = dict(
-        generate, model=dict(generate["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), steps=400,
+        generate, model=dict(generate["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), steps=500,
         init=((r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy"), "@generate"),
-        data=dict(generate["data"], train="scenes:train/instruct", eval="scenes:test/instruct", **text),
-        evals=dict(questions=dict(asked, data="scenes:test/count+colour+relation+existence+comparison"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
-                   video=dict(asked, data="scenes:test/video", images=4), caption=dict(kind="caption", examples=200, data="scenes:test/caption+count:200")))
-    return c.stages(("pretrain", "generate", "instruct"), pretrain=pretrain, generate=generate, instruct=instruct)
+        data=dict(generate["data"], train=f"scenes:train/{HELD_IN_TASKS}", eval="scenes:test/instruct", templates="task", prompt_length=48, length=32,
+                  instruction_tokenizer="scenes_instruct", instruction_length=48),
+        evals=dict(caption=dict(kind="caption", examples=300, data="scenes:test/caption"),
+                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
+                   held_out=dict(asked, examples=300, data="scenes:test/comparison"), video=dict(asked, examples=200, data="scenes:test/video", images=4)))
+    order = ("eye", "language", "pretrain", "generate")      # folders have the numbers that configs/blip2.py gives them
+    return c.stages((*order, "instruct"), **{name: before[name] for name in order}, instruct=instruct)
 
 
 # ---- as published
