@@ -58,7 +58,7 @@ def stage_of(**data):
     whole = config_of("blip2")
     section = whole.stages.pretrain
     with section.ignore_type():
-        section.steps, section.evals, section.loss = 3, {}, dict(weights=dict(itc=1.0))
+        section.steps, section.evals, section.init, section.loss = 3, {}, (), dict(weights=dict(itc=1.0))
         section.model.qformer.update(layers=2, width=32, heads=2, mlp_dim=32)
         section.model.image.update(width=32, heads=2, layers=1, mlp_dim=32)
         section.data.update(train="jsonl:" + str(data.pop("file", "")), batch=16, size=16, **data)
