@@ -55,7 +55,8 @@ MUON = dict(name="muon", lr=3e-3, muon_scale="width", b1=0.9, b2=0.98, momentum=
             clip_norm=1.0, clamps=(), ema=0.0, max_bad_steps=10,
             muon_exclude=(r"(.*/)?(table|queries|position_embed|\w+_positions|lm_head/.*)",))
 # What a question takes, and a description with a question behind it
-PROMPTED, DESCRIBED = dict(prompt_length=24, length=32), dict(prompt_length=64, length=56)
+PROMPTED, DESCRIBED = dict(prompt_length=24, length=32), dict(prompt_length=60, length=40)
+WORDS = (r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy")      # of the Q-Former, which the second stage drops
 DECODER, ENCODER = dict(family="opt", variant="mini", positions=160), dict(family="t5", variant="mini")
 
 
@@ -71,7 +72,7 @@ def scenes(res):
     def language(tower, data):
         return c.stage(system="single_tower", model=dict(language=tower, tokens=tokens, dtype="auto"), loss=dict(weights=dict(lm=1.0)),
                        optim=dict(MUON, muon_lr=0.04),
-                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0, batch=32), evals={}, steps=500, **saved)
+                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0, batch=32), evals={}, steps=300, **saved)
 
     own = dict(system="blip2", optim=dict(MUON, muon_lr=0.04), **saved)
     seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
@@ -87,14 +88,18 @@ def scenes(res):
             init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"), data=dict(data, **PROMPTED, layout=layout), steps=400,
             evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
 
-    named = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain, generate=generate(DECODER, "language", "joined"),
-                 language_t5=language(ENCODER, dict(data, layout="apart", prefix="words")), generate_t5=generate(ENCODER, "language_t5", "apart"))
-    tuned = dict(named["generate"], optim=dict(MUON, lr=5e-4, muon_lr=5e-3), model="init", init="@generate",
-                 trainable=LANGUAGE_FROZEN, steps=200)
+    first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain, generate=generate(DECODER, "language", "joined"))
+    second = dict(language_t5=language(ENCODER, dict(data, layout="apart", prefix="words")), generate_t5=generate(ENCODER, "language_t5", "apart"))
+    spoken = first["generate"]
+    # Section 4.3 of the paper: the queries read the question too
+    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(WORDS, "@generate"),
+               trainable=LANGUAGE_FROZEN, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
+               data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", instruction_tokenizer="scenes_instruct", instruction_length=24))
+    tuned = dict(optim=dict(MUON, lr=5e-4, muon_lr=5e-3), model="init", steps=200)
+    named = dict(first, vqa=vqa, **second)
     return tuple(named), dict(
-        named, caption=dict(tuned, evals=captions),
-        vqa=dict(tuned, data=dict(tuned["data"], train="scenes:train/vqa", eval="scenes:test/vqa"), evals=dict(vqa=dict(QUESTION, template="", examples=500))),
-        retrieval=dict(pretrain, optim=tuned["optim"], model="init", init="@pretrain", trainable=(".*",), steps=200, loss=dict(pretrain["loss"], targets="images")))
+        named, caption=dict(spoken, **tuned, init="@generate", trainable=LANGUAGE_FROZEN, evals=captions),
+        retrieval=dict(pretrain, **tuned, init="@pretrain", trainable=(".*",), loss=dict(pretrain["loss"], targets="images")))
 
 
 # ---- as published
