@@ -37,13 +37,8 @@ BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty
 def get_config(arg=""):
     args = c.parse_arg(arg, size=("scenes", *LANGUAGES), vit=tuple(EYES), res=0, eye="", bert="", language="")
     if args.size == "scenes":
-        pretrain, generate = scenes(args.res or 48)
-        tuned = dict(steps=200, optim=dict(generate["optim"], lr=5e-4))
-        return c.stages(("pretrain", "generate"), pretrain=pretrain, generate=generate,
-                        caption=dict(generate, **tuned, model="init", init="@generate", trainable=LANGUAGE_FROZEN),
-                        vqa=dict(generate, **tuned, model="init", init="@generate", trainable=LANGUAGE_FROZEN, evals=dict(vqa=ANSWERS),
-                                 data=dict(generate["data"], train="scenes:train/vqa", eval="scenes:test/vqa", answers=1, answer_length=8)),
-                        retrieval=dict(pretrain, **tuned, model="init", init="@pretrain", trainable=(".*",), loss=dict(pretrain["loss"], targets="images")))
+        order, named = scenes(args.res or 48)
+        return c.stages(order, **named)
     resize = EYES[args.vit][2]
     seen = (("image/position_embed", f"{args.eye}:", resize), ("image/.*", f"{args.eye}:", "copy")) if args.eye else ()
     pretrain, generate = pretrain_of(args.vit, args.res or 224, args.eye, args.bert), generate_of(args.vit, args.size, args.res or 224, args.language)
@@ -52,29 +47,59 @@ def get_config(arg=""):
                     vqa=vqa(generate, args.res or 364, after["generate"]), retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
 
 
-# ---- scenes
+# ---- scenes: an eye and two language models first, as there are none to take
 
-ANSWERS = dict(kind="vqa", examples=500, options=dict(method="generate", beams=1))
+ASKED = "scenes:test/count+colour+relation+existence+comparison"
+QUESTION = dict(kind="vqa", template="question: {q} short answer:", options=dict(method="generate", beams=1))
+MUON = dict(name="muon", lr=3e-3, muon_scale="width", b1=0.9, b2=0.98, momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%",
+            clip_norm=1.0, clamps=(), ema=0.0, max_bad_steps=10,
+            muon_exclude=(r"(.*/)?(table|queries|position_embed|\w+_positions|lm_head/.*)",))
+# What a question takes, and a description with a question behind it
+PROMPTED, DESCRIBED = dict(prompt_length=24, length=32), dict(prompt_length=60, length=40)
+WORDS = (r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy")      # of the Q-Former, which the second stage drops
+DECODER, ENCODER = dict(family="opt", variant="mini", positions=160), dict(family="t5", variant="mini")
 
 
 def scenes(res):
-    image = dict(variant="mini", stem="conv", norms_at=(), qk_norm="rms", init_scheme="fan_in")
+    """The stages by name: "eye" (CoCa's preset, shorter) and "language" are frozen from "pretrain" on."""
+    eye = c.from_file(f"configs/coca.py:scenes,res={res}").stages.pretrain.to_dict()
+    data = dict(eye["data"], tokenizer="scenes_instruct")
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
-    stage = dict(
-        system="blip2", optim=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.98, weight_decay=0.05, schedule="cosine", warmup="5%", clip_norm=1.0, clamps=(), ema=0.0,
-                                   max_bad_steps=10),
-        data=dict(train="scenes:train", eval="scenes:test", batch=56, microbatch=0, size=res, length=32, tokenizer="scenes",
-                  augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01), checkpoint=dict(every=500, keep=2))
+    saved = dict(checkpoint=dict(every=1000, keep=1))
+    captions = dict(caption=dict(kind="caption", examples=500))
+    eye = c.stage(**{**eye, **saved, **dict(data=data, steps=700, evals=captions)})
+
+    def language(tower, data):
+        return c.stage(system="single_tower", model=dict(language=tower, tokens=tokens, dtype="auto"), loss=dict(weights=dict(lm=1.0)),
+                       optim=dict(MUON, muon_lr=0.04),
+                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0, batch=32), evals={}, steps=300, **saved)
+
+    own = dict(system="blip2", optim=dict(MUON, muon_lr=0.04), **saved)
+    seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
     pretrain = c.stage(
-        **stage, model=dict(image=image, qformer=dict(variant="mini", positions=48), embed=64, temp=0.07, dtype="auto", tokens=dict(tokens, dec=-1)),
-        loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, steps=600,
+        **own, model=dict(seen, qformer=dict(variant="mini", positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
+        loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),), data=data, steps=500,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
-                   rerank=dict(RERANK, examples=500, options=dict(RERANK["options"], captions="first", k=16)), caption=dict(kind="caption", examples=500)))
-    generate = c.stage(
-        **stage, model=dict(image=image, qformer=dict(variant="mini"), language=dict(family="opt", variant="mini", positions=96), dtype="auto", tokens=tokens),
-        loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN, init=(("(language|projection)/.*", "fresh", "copy"), "@pretrain"), steps=400,
-        evals=dict(caption=dict(kind="caption", examples=500)))
-    return pretrain, generate
+                   rerank=dict(RERANK, examples=300, options=dict(RERANK["options"], captions="first", k=16)), **captions))
+
+    def generate(tower, origin, layout):
+        return c.stage(
+            **own, model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens), loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
+            init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"), data=dict(data, **PROMPTED, layout=layout), steps=400,
+            evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
+
+    first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain, generate=generate(DECODER, "language", "joined"))
+    second = dict(language_t5=language(ENCODER, dict(data, layout="apart", prefix="words")), generate_t5=generate(ENCODER, "language_t5", "apart"))
+    spoken = first["generate"]
+    # Section 4.3 of the paper: the queries read the question too
+    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(WORDS, "@generate"),
+               trainable=LANGUAGE_FROZEN, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
+               data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", instruction_tokenizer="scenes_instruct", instruction_length=24))
+    tuned = dict(optim=dict(MUON, lr=5e-4, muon_lr=5e-3), model="init", steps=200)
+    named = dict(first, vqa=vqa, **second)
+    return tuple(named), dict(
+        named, caption=dict(spoken, **tuned, init="@generate", trainable=LANGUAGE_FROZEN, evals=captions),
+        retrieval=dict(pretrain, **tuned, init="@pretrain", trainable=(".*",), loss=dict(pretrain["loss"], targets="images")))
 
 
 # ---- as published

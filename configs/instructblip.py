@@ -5,9 +5,8 @@ python -m vlm_jax.main --config=configs/instructblip.py
 python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,start=DIR,words=STAGE1,bert=vocab.txt,data=/data \\
     --config.stages.instruct.data.tokenizer=DIR/tokenizer
     A published size (vicuna7b vicuna13b flant5xl flant5xxl) by the paper's recipe on its 13 data sets, and its evaluations on the 13 that it never
-    saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage,
-    which has the Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says,
-    each in the folder named below.
+    saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage, which has the
+    Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says, each in the folder named below.
 python -m vlm_jax.importers.cli --release=blip2 --src=instruct_blip_vicuna7b_trimmed.pth --image=eva_vit_g.pth --language=VICUNA_V1.1 --out=DIR
 python -m vlm_jax.importers.cli --release=hf_blip2 --src=hf:Salesforce/instructblip-vicuna-7b --out=DIR --dtype=bfloat16
     The released weights; --export=hf_blip2 writes what transformers opens.
@@ -49,13 +48,12 @@ def held_out(root):
         return name, dict(dict(every=0, data=f"published:{name}:{split}:{root}/{folder or name}"), **setting)
 
     choice = dict(kind="choice")
-    said = dict(choice, options=dict(verbalisers=NO_YES))
     return dict((
-        of("nocaps", "val", CAPTION), of("flickr30k", "test", CAPTION), of("vizwiz", "val", ANSWER), of("textvqa", "val", ANSWER),
-        of("gqa", "testdev", ANSWER), of("scienceqa", "test", choice), of("iconqa", "test", choice), of("visdial", "val", choice),
-        of("vsr", "test", said), of("hateful_memes", "val", said), of("ivqa", "test", dict(ANSWER, images=4)),
-        of("msvd_qa", "test", ranked(f"published:msvd_qa:train:{root}/msvd_qa")),
-        of("msrvtt_qa", "test", ranked(f"published:msrvtt_qa:train:{root}/msrvtt_qa"))))
+        of("nocaps", "val", CAPTION), of("flickr30k", "test", CAPTION), of("vizwiz", "test", ANSWER), of("textvqa", "val", ANSWER), of("gqa", "testdev", ANSWER),
+        of("scienceqa", "test", choice), of("iconqa", "test", choice), of("visdial", "val", choice),
+        of("vsr", "test", dict(choice, options=dict(verbalisers=NO_YES))), of("hateful_memes", "val", dict(choice, options=dict(verbalisers=NO_YES))),
+        of("msvd_qa", "test", ranked(f"published:msvd_qa:train:{root}/msvd_qa")), of("msrvtt_qa", "test", ranked(f"published:msrvtt_qa:train:{root}/msrvtt_qa")),
+        of("ivqa", "test", dict(ANSWER, images=4))))
 
 
 def held_in(root):
@@ -69,26 +67,27 @@ def get_config(arg=""):
     return c.stages(("instruct",), instruct=instruct(args.size, args.res or 224, args.start, args.words, args.bert, args.data))
 
 
-# ---- scenes
+# ---- scenes: comparisons and videos are held out
+
+HELD_IN_TASKS = "caption+detail+count+colour+relation+existence+vqg+dialogue+choice"
+
 
 def scenes(res):
     """Tokens, prompts and replies of scenes are short: 48 ids and 32 hold almost all."""
-    first = c.from_file(f"configs/blip2.py:scenes,res={res}").stages
-    pretrain, generate = first.pretrain.to_dict(), first.generate.to_dict()
-    for stage in (pretrain, generate):
-        stage["data"]["tokenizer"] = "scenes_instruct"
-    generate["model"]["language"] |= dict(positions=160)
+    before = c.from_file(f"configs/blip2.py:scenes,res={res}").stages.to_dict()
+    pretrain, generate = before["pretrain"], before["generate"]
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
-    text = dict(layout="joined", prompt_length=48, length=32, instruction_tokenizer="scenes_instruct", instruction_length=48, templates="task")
-    asked = dict(kind="vqa", examples=300, options=dict(method="generate", beams=1))
+    asked = dict(kind="vqa", examples=500, options=dict(method="generate", beams=1))
     instruct = dict(
-        generate, model=dict(generate["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), steps=400,
+        generate, model=dict(generate["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), steps=500,
         init=((r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy"), "@generate"),
-        data=dict(generate["data"], train="scenes:train/instruct", eval="scenes:test/instruct", **text),
-        evals=dict(questions=dict(asked, data="scenes:test/count+colour+relation+existence+comparison"),
-                   choice=dict(kind="choice", examples=300, data="scenes:test/choice"), video=dict(asked, data="scenes:test/video", images=4),
-                   caption=dict(kind="caption", examples=200, data="scenes:test/caption")))
-    return c.stages(("pretrain", "generate", "instruct"), pretrain=pretrain, generate=generate, instruct=instruct)
+        data=dict(generate["data"], train=f"scenes:train/{HELD_IN_TASKS}", eval="scenes:test/instruct", templates="task", prompt_length=48, length=32,
+                  instruction_tokenizer="scenes_instruct", instruction_length=48),
+        evals=dict(caption=dict(kind="caption", examples=300, data="scenes:test/caption"),
+                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
+                   held_out=dict(asked, examples=300, data="scenes:test/comparison"), video=dict(asked, examples=200, data="scenes:test/video", images=4)))
+    order = ("eye", "language", "pretrain", "generate")      # folders have the numbers that configs/blip2.py gives them
+    return c.stages((*order, "instruct"), **{name: before[name] for name in order}, instruct=instruct)
 
 
 # ---- as published
@@ -101,20 +100,18 @@ def from_blip2(start, words, vicuna):
 
 
 def instruct(size, res, start, words, bert, root):
-    """Section 3.2: 60K steps, validated every 3K; up to 1e-5 in 1,000 steps from 1e-8, then a cosine to 0. The eye and the language model are frozen.
-    Lengths are lavis's. It validates on all held-in sets; here on VQAv2 alone."""
+    """Section 3.2: 60K steps, validated every 3K; up to 1e-5 in 1,000 steps from 1e-8, then a cosine to 0. The eye and the language model are frozen; captions,
+    prompts and lengths are lavis's."""
     vicuna = size in VICUNA
     base = c.from_file(f"configs/blip2.py:{'opt2.7b' if vicuna else size}").stages.generate.to_dict()
     model = dict(base["model"], end=-1, instruction_tokens=dict(vocab=30523, bos=101, eos=102, pad=0))
     if vicuna:
         model |= dict(language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS, first=1)
-    data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "",
-                mixture="sqrt" if root else "", batch=BATCHES[size], size=res, text_clean="", layout="joined" if vicuna else "apart", prompt_length=128,
-                length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task",
-                marks=VICUNA_MARKS if vicuna else {})
+    data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "", mixture="sqrt" if root else "",
+                batch=BATCHES[size], size=res, text_clean="", augment="random_resized_crop(scale=0.5..1)|flip", layout="joined" if vicuna else "apart",
+                prompt_length=128, length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task", marks=VICUNA_MARKS if vicuna else {})
     evals = dict(vqav2=dict(ANSWER, examples=5000, every=3000), **held_out(root)) if root else {}
     return c.stage(**{**base, **dict(
-        model=model, data=data, loss=dict(weights=dict(lm=1.0)), trainable=FROZEN, steps=60_000, evals=evals,
-        init=from_blip2(start, words, vicuna) if start else (),
+        model=model, data=data, loss=dict(weights=dict(lm=1.0)), trainable=FROZEN, steps=60_000, evals=evals, init=from_blip2(start, words, vicuna) if start else (),
         optim=dict(base["optim"], lr=1e-5, b1=0.9, b2=0.999, warmup=1000, start_lr=1e-8, end_lr=0.0), checkpoint=dict(every=3000, keep=2),
         select=dict(metric="vqav2/accuracy") if root else {})})

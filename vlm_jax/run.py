@@ -32,7 +32,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, loading, memory, partitioning, provenance
+from vlm_jax import evals, feature_cache, loading, memory, partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.console import Console
 from vlm_jax.data import fingerprint, pipeline, tokenizers
@@ -177,6 +177,7 @@ class StageRun:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
                                ("predict", "batches", "tokenizer", "source", "train_batches", "train_source"))
+        feature_cache.check(self.stage)
         metric, average = self.select.metric, self.select.average
         watched = [name for name in self.evals if self.every[name]]
         if metric and metric.partition("/")[0] not in watched:
@@ -284,7 +285,8 @@ class StageRun:
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
                 if whole.latest_good()[0] is None:
                     whole.save(0, {"frozen": state.frozen})
-        batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl")
+        features = feature_cache.computed(stage, self.mesh, source, state, self.total, folder, self.console) if stage.data.cache_features else None
+        batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl", features)
         (folder / "config.json").write_text(configs.to_json(stage.config))
         record = self.record_start(start, told)
         if stage.tokenizer is not None:
@@ -295,7 +297,7 @@ class StageRun:
         program = None
         if start < self.total and not stage.data.buckets:
             with self.console.waiting("compiling the train step"):
-                program = step_fn.lower(state, partitioning.abstract(stage.spec, self.mesh))
+                program = step_fn.lower(state, partitioning.abstract(stage.step_spec, self.mesh))
             memory.warn(program, self.mesh, self.console.say)
         self.console.overview(stage.name, folder, stage.plan, self.mesh, stage.config, self.total, example, program, source)
         self.console.say(f"licence of the weights: {provenance.licence_line(record)}")

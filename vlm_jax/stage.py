@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from vlm_jax import config as configs
 from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
+from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.layouts import Layout, Marks, Writer
 from vlm_jax.data.order import order_of
 from vlm_jax.data.rows import Rows
@@ -69,6 +70,7 @@ class Data:
         "" for the prompt as it stands. eval_template: that of evaluation, "" for the first.
     prefix: "words": in training a text without a prompt is cut between two words that are drawn; the first part is its prompt.
     learned: "reply", or "row": prompts are learned too, as a language model learns.
+    cache_features: a folder where what a frozen tower makes of images is kept, so that it is computed once, "" for none; relative ones lie in the stage's own.
     marks: what stands around prompts and replies (layouts.Marks), where it is not the tokenizer's own.
     """
     train: Any
@@ -105,6 +107,7 @@ class Data:
     eval_template: str = ""
     prefix: str = ""
     learned: str = "reply"
+    cache_features: str = ""
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -243,6 +246,20 @@ class Stage:
         return {key: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for key, (shape, kind) in keys.items()}
 
     @functools.cached_property
+    def kept(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the batches of training hold instead of images; {} for images."""
+        if not self.data.cache_features:
+            return {}
+        image = self.data.rows.image_key
+        variables = merge(dict(self.plan.shapes), {}, dict(self.plan.moving))
+        return jax.eval_shape(self.system.cacheable.compute, variables, {image: self.spec[image]})
+
+    @functools.cached_property
+    def step_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of a training step."""
+        return {**{key: x for key, x in self.spec.items() if not self.kept or key != self.data.rows.image_key}, **self.kept}
+
+    @functools.cached_property
     def plan(self) -> init.Plan:
         """What the model's leaves are; nothing is computed. Raises ConfigError for sizes that do not fit together."""
         return configs.call(init.plan, {}, f"stages.{self.name}", self.system, self.spec, tuple(self.config.trainable))
@@ -273,13 +290,13 @@ class Stage:
                 real = iter(meta)
                 yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
 
-    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path) -> pipeline.TrainBatches:
+    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path, features: FeatureStore | None = None) -> pipeline.TrainBatches:
         d = self.data
         return configs.call(
             pipeline.train_batches, {}, f"stages.{self.name}.data", source, self.tokenizer, batch=d.batch, size=d.size,
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
-            buckets=d.buckets, quarantine_path=str(quarantine), **self.beside)
+            buckets=d.buckets, quarantine_path=str(quarantine), features=features, **self.beside)
 
     def scored(self, images: int, template: str) -> dict[str, Any]:
         """``beside`` for an evaluation with other images or another template, which stay as they are where it is 0 or "". Raises ConfigError."""

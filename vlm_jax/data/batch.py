@@ -45,6 +45,8 @@ GLOSSARY: Mapping[str, Entry] = {
     "image": Entry(("b", "h", "w", "c"), ("uint8", "float32"),
                    "RGB, 0..255, normalised on the device; float32 means normalised already"),
     "images": Entry(("b", "n", "h", "w", "c"), ("uint8", "float32"), "several images a row, or frames of a video, instead of ``image``"),
+    "image_states": Entry(("b", "n", "t", "d"), ("float32", "bfloat16"),
+                          "instead of images: what a frozen tower made of each of a row's n images, t tokens of d channels"),
     "text": Entry(("b", "l"), ("int32",), "token ids, padded on the right with the tokenizer's pad id"),
     "text_mask": Entry(("b", "l"), ("bool",), "True where a token is real (begin and end included)"),
     "target_mask": Entry(("b", "l"), ("bool",), "True where a token of ``text`` is learned: of a reply, or its end"),

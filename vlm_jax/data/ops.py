@@ -235,6 +235,8 @@ def rand_augment(image, rng, n: int, m: float, p: float = 0.5):
 OPS: Mapping[str, Callable] = {f.__name__: f for f in (
     resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment)}
 
+FIXED = ("resize", "squash", "center_crop", "pad")
+
 
 class Chain:
     """A parsed chain; calling it with (image, rng) gives uint8 [size, size, 3].
@@ -256,6 +258,11 @@ class Chain:
 
     def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
         return np.asarray(self.apply(image, rng))
+
+    @property
+    def drawn(self) -> list[str]:
+        """The operations that draw numbers: without any, a picture always comes out the same."""
+        return [function.__name__ for function, _ in self._calls if function.__name__ not in FIXED]
 
     def apply(self, image: Any, rng: np.random.Generator) -> Image.Image:
         """The result as a Pillow image of mode RGB."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vlm_jax.data import ops
 from vlm_jax.data.bad import BadDataError, BadSample, Ledger, Offence
 from vlm_jax.data.batch import hash31, normalise_caption
 from vlm_jax.data.clean import Clean
+from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.layouts import PLAIN_TEXT, Layout, Said, Writer
 from vlm_jax.data.lengths import Lengths, token_lengths
 from vlm_jax.data.order import generators, order_of
@@ -35,13 +36,24 @@ CAPTION_CHOICES = ("sample", "first")
 EVAL_AUGMENT = "resize|center_crop"
 
 
+def draw(image: np.ndarray, row: int, pictures: Sequence[Any], chain: ops.Chain, rng: np.random.Generator, max_pixels: int, moving: bool = False) -> None:
+    """Writes the pictures of a sample into ``row`` of ``image``; those of a ``moving`` one are all turned and cut alike. Raises BadSample."""
+    pixels, each = image.reshape(-1).data, image[0].size // max(1, len(pictures))
+    for at, picture in enumerate(pictures, row * len(pictures)):
+        if isinstance(picture, bytes):
+            picture = ops.decode(picture, max_pixels)
+        picture = chain.apply(picture, copy.deepcopy(rng) if moving else rng)
+        pixels[at * each:(at + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
+
+
 class _Reader:
     """Turns samples into rows; counts nothing, shares nothing, safe in many threads."""
 
-    def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int, rows: Rows, writer: Writer, training: bool = False):
+    def __init__(self, source: Any, chain: ops.Chain, caption: str, max_pixels: int, rows: Rows, writer: Writer, training: bool = False,
+                 features: FeatureStore | None = None):
         if caption not in CAPTION_CHOICES:
             raise ValueError(f"caption={caption!r} is not a way to choose a caption{nearest(caption, CAPTION_CHOICES)}")
-        self.source, self.chain, self.caption, self.max_pixels = source, chain, caption, max_pixels
+        self.source, self.chain, self.caption, self.max_pixels, self.features = source, chain, caption, max_pixels, features
         self.writer, self.training, self.clean = writer, training, Clean(rows.text_clean, training)
         laid_out = writer.layout.name != "plain"
         if laid_out and rows.swap:
@@ -51,26 +63,23 @@ class _Reader:
 
     def fill(self, image: np.ndarray, rows: Sequence[int], indices: Sequence[int],
              rngs: Sequence[np.random.Generator]) -> list[tuple[Said, dict[str, Any]] | BadSample]:
-        """Writes pictures into ``rows`` of ``image``; for each (what is said, raw sample), or what is wrong with it.
+        """Writes pictures into ``rows`` of ``image``, unless there are features instead; for each (what is said, raw sample), or what is wrong with it.
 
         All samples are read before the first picture is decoded: short loops stay in the processor's caches, and
         threads seldom wait for each other.
         """
-        pixels, each, found = image.reshape(-1).data, image[0].size // max(1, self.rows.images), []
+        found: list[Any] = []
         for index, rng in zip(indices, rngs):
             try:
+                if self.features is not None:
+                    self.features.check(index)
                 found.append(self.read(index, rng))
             except BadSample as error:
                 found.append(error)
         for i, (row, rng) in enumerate(zip(rows, rngs)):
-            if not isinstance(found[i], BadSample):
+            if self.features is None and not isinstance(found[i], BadSample):
                 try:
-                    still = not self.rows.moving(found[i][1])      # frames are all turned and cut alike
-                    for at, picture in enumerate(self.rows.pictures(found[i][1]), row * self.rows.images):
-                        if isinstance(picture, bytes):
-                            picture = ops.decode(picture, self.max_pixels)
-                        picture = self.chain.apply(picture, rng if still else copy.deepcopy(rng))
-                        pixels[at * each:(at + 1) * each] = picture.tobytes()     # numpy's assignment would let go of the interpreter
+                    draw(image, row, self.rows.pictures(found[i][1]), self.chain, rng, self.max_pixels, self.rows.moving(found[i][1]))
                 except BadSample as error:
                     found[i] = error
         return found
@@ -90,7 +99,10 @@ class _Reader:
             said, sample = Said((("", swap_sides(said.reply)),)), {**sample, "images": pictures[::-1]}
         return said, sample
 
-    def images(self, image: np.ndarray) -> dict[str, np.ndarray]:
+    def images(self, image: np.ndarray, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """What a batch of these samples has for eyes."""
+        if self.features is not None:
+            return self.features.take(indices)
         return {self.rows.image_key: image} if self.rows.images else {}
 
     def captions(self, sample: dict[str, Any]) -> list[str]:
@@ -123,7 +135,8 @@ class _Steps:
         bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
         asked = self.reader.rows
-        image = np.empty(asked.image_shape(self.batch, size), np.uint8)
+        image = np.empty(asked.image_shape(self.batch if self.reader.features is None else 0, size), np.uint8)
+        read = indices.copy()
         said, keys, samples, offences, seen = [None] * self.batch, [""] * self.batch, [None] * self.batch, [], 0
         for start in range(0, self.batch, TOGETHER):
             todo = dict(enumerate(indices[start:start + TOGETHER].tolist(), start))     # row -> the sample to try
@@ -137,7 +150,7 @@ class _Steps:
                         offences.append((row, self.reader.offence(todo[row], sample)))
                     else:
                         said[row], keys[row], samples[row] = sample[0], sample[1]["key"], asked.keep(sample[1])
-                        del todo[row]
+                        read[row] = todo.pop(row)
                 if not todo:
                     break
                 todo = {row: self.order.replacement(int(positions[row]), attempt) for row in todo}
@@ -148,7 +161,7 @@ class _Steps:
             return None, seen, offences
         text = self.writer.arrays(said, training=True)
         length = bucket or self.holding(max(int(mask.sum(axis=1).max()) for key, mask in text.items() if mask.dtype == bool))
-        return {**self.reader.images(image), **{key: value[:, :length] for key, value in text.items()},
+        return {**self.reader.images(image, read), **{key: value[:, :length] for key, value in text.items()},
                 "caption_id": np.array([hash31(normalise_caption(s.reply)) for s in said], np.int32),
                 "image_id": np.array([hash31(k) for k in keys], np.int32), **asked.arrays(samples, self.writer.replies)}, seen, offences
 
@@ -219,7 +232,7 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
                   block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
                   quarantine_path: str | None = None, buckets: Sequence[int] = (),
                   max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN, layout: Layout = PLAIN_TEXT,
-                  instruction_tokenizer: Tokenizer | None = None) -> TrainBatches:
+                  instruction_tokenizer: Tokenizer | None = None, features: FeatureStore | None = None) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
     ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
@@ -227,7 +240,7 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     of threads; ``prefetch``: batches made ahead; ``block``, ``window``: the shuffle (``order.Order``); ``caption``:
     "sample" draws one of several captions by their weights, "first" takes the first. A batch is a pure function of
     (seed, step): threads, processes and restarts do not change it. ``rows``: what batches hold beside image and text. ``layout``: how text lies
-    in them (``layouts.Layout``); ``length`` is then that of a reply.
+    in them (``layouts.Layout``); ``length`` is then that of a reply. ``features``: what batches hold instead of images.
 
     Threads share one interpreter, which decoding and resizing let go of: they do for photographs. Processes pay where
     pictures are small, so that Python is much of the work (docs/results.md), or many threads wait for each other; each has its
@@ -247,12 +260,37 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     if rows.swap and buckets:
         raise ValueError(f"swap={rows.swap!r} changes how long texts are, which buckets={tuple(buckets)} must know; nearest: buckets=()")
     writer = Writer(layout, tokenizer, length, instruction_tokenizer)
-    reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels, rows, writer, training=True)
+    reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels, rows, writer, training=True, features=features)
     column = buckets and layout.name == "plain"
     steps = _Steps(reader, order_of(source, seed, block, window), batch=batch, seed=seed, buckets=buckets,
                    lengths=token_lengths(source, tokenizer, rows.text_clean) if column else None)
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return TrainBatches(steps, start_step, stop_step, threads, workers, prefetch, ledger)
+
+
+class PictureBatches(_Batches):
+    """Yields (numbers, image, bad): pictures lie in the first rows of ``image`` in the order of ``numbers``; ``bad``: what is wrong with some of them."""
+
+    def __next__(self) -> tuple[list[int], np.ndarray, dict[int, BadSample]]:
+        return next(self._iterator)
+
+
+def picture_batches(source: Any, wanted: Mapping[int, int], *, batch: int, size: int, augment: str, rows: Rows, threads: int = 2,
+                    max_pixels: int = ops.MAX_PIXELS) -> PictureBatches:
+    """The pictures alone of samples, ``wanted``: number -> sample, in batches of ``batch``; the last one is filled up with black."""
+    chain, numbers = ops.Chain(augment, size), list(wanted)
+
+    def read(at: int) -> tuple[list[int], np.ndarray, dict[int, BadSample]]:
+        mine = numbers[at * batch:(at + 1) * batch]
+        image, bad = np.zeros(rows.image_shape(batch, size), np.uint8), {}
+        for row, number in enumerate(mine):
+            try:
+                draw(image, row, rows.pictures(source[wanted[number]]), chain, np.random.default_rng(0), max_pixels)
+            except BadSample as error:
+                bad[number] = error
+        return mine, image, bad
+
+    return PictureBatches(read, range(-(-len(numbers) // batch)), threads, 2, Ledger(1.0))
 
 
 class EvalBatches(_Batches):
@@ -309,7 +347,7 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
                 captions = [said[row].reply] if sample.get("prompt") is None and sample.get("answers") or not captions else captions
                 own = {"question": said[row].prompt, "answers": captions}
             meta.append({"key": sample["key"], "captions": captions, "label": sample.get("label"), "index": index, **own, **told(sample)})
-        return ({**reader.images(image), **writer.arrays(said, training=False), "caption_id": ids[0], "image_id": ids[1],
+        return ({**reader.images(image, indices), **writer.arrays(said, training=False), "caption_id": ids[0], "image_id": ids[1],
                  "mask": mask, **reader.rows.arrays(samples, writer.replies)}, meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)

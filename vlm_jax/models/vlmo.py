@@ -151,6 +151,7 @@ class Mome(nn.Module):
     Fields:
       experts: ("image",) alone, ("text", "image"), or with "vl": what a stage has by then.
       types: rows of the table of token types: text, image, and a second image. A model of images alone has none.
+      attention, feed_forward: "shared" by the experts, or "split", each with its own (``nn.multiway``). VLMo shares attention alone.
       positions: "relative", by a bias of attention; "absolute", added to the embeddings.
       text_positions: rows of the table of BERT's positions. reach: see ``relative_index``.
       drop_path: rate of the last layer; lower ones have proportionally less. Texts' embeddings have dropout of that rate, as officially.
@@ -167,6 +168,8 @@ class Mome(nn.Module):
     text_positions: int = 40
     experts: tuple[str, ...] = EXPERTS[-1]
     types: int = 2
+    attention: str = "shared"
+    feed_forward: str = "split"
     positions: str = "relative"
     reach: int = 196
     layer_scale: float = 0.1
@@ -196,7 +199,7 @@ class Mome(nn.Module):
         if not absolute:
             self.position_bias = PositionBias(self.layers, self.heads, self.side, self.reach, self.with_text)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, layer_scale=self.layer_scale, key_bias=False,
-                      drop_path_by="expert", dtype=self.dtype)
+                      attention=self.attention, feed_forward=self.feed_forward, drop_path_by="expert", dtype=self.dtype)
         alone = tuple(e for e in self.experts if e != "vl")
         self.blocks = multiway_stack(self.layers - self.fused, self.remat, experts=alone, **fields)
         self.blocks_vl = multiway_stack(self.fused, self.remat, experts=tuple(self.experts), **fields)

@@ -27,11 +27,12 @@ from vlm_jax.nn.linear import Linear, projection
 from vlm_jax.nn.norm import Norm
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.unit import unit
-from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key, run
+from vlm_jax.system import Batch, Cacheable, Context, Output, System, Variables, drop_key, run
 
 ITC, ITM, ITG, LM = "itc", "itm", "itg", "lm"
 STAGE1 = (ITC, ITM, ITG)
 CUTS = ("whole", "random")
+EYES = ("image", "images", "image_states")      # keys of a batch, one of which says what is looked at
 RULES = ("sum", "mean", "official")
 ANSWERING = ("generate", "rank")
 # lavis blip2_vicuna_instruct.py, blip2_t5_instruct.py: what ``generate`` does where nobody says otherwise
@@ -74,9 +75,17 @@ class Blip2(nn.Module):
             bound = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")      # torch's default
             self.projection = Linear(self.language.width, ("embed", "joint"), True, bound, dtype=self.dtype)
 
+    def look(self, image: jax.Array) -> jax.Array:
+        """image [b, h, w, 3] -> tokens [b, n, width], as the eye gives them."""
+        return self.image(normalise(image, self.mean, self.std))
+
+    def norm_image(self, tokens: jax.Array) -> jax.Array:
+        """The norm behind the eye, which trains with the Q-Former."""
+        return self.image_norm(tokens)
+
     def encode_image(self, image: jax.Array) -> jax.Array:
         """image [b, h, w, 3] -> tokens [b, n, width], normed."""
-        return self.image_norm(self.image(normalise(image, self.mean, self.std)))
+        return self.image_norm(self.look(image))
 
     # ---- stage 1
 
@@ -215,9 +224,23 @@ def build(config: Any) -> System:
         image = spec["images"].shape[2:] if "images" in spec else spec["image"].shape[1:]
         return model.init(key, jnp.zeros((1, *image), jnp.float32), jnp.zeros((1, 2), jnp.int32))
 
+    def seen(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        images = batch["images"] if "images" in batch else batch["image"][:, None]
+        tokens = run(model, variables, Blip2.look, images.reshape(-1, *images.shape[2:]))
+        return {"image_states": tokens.reshape(*images.shape[:2], *tokens.shape[1:])}
+
     parts = second_stage if LM in terms else first_stage
     loss, predict = parts(model, config, o, asked)
-    return System(model, init, loss, predict, papers=("2301.12597", *(("2305.06500",) if LM in terms and model.qformer.vocab else ())))
+    return System(model, init, loss, predict, cacheable=Cacheable("image/.*", seen), papers=("2301.12597", *(("2305.06500",) if LM in terms and model.qformer.vocab else ())))
+
+
+def tokens_of(model: Blip2, variables: Variables, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """The tokens [b * n, m, width] of the images of a batch, n a row, normed; of ``image_states`` where the eye has looked at them before."""
+    if "image_states" in batch:
+        states = batch["image_states"]
+        return run(model, variables, Blip2.norm_image, states.reshape(-1, *states.shape[2:]))
+    images = batch["images"] if "images" in batch else batch["image"][:, None]
+    return run(model, variables, Blip2.encode_image, images.reshape(-1, *images.shape[2:]), key=key)
 
 
 # ---- stage 1: the Q-Former alone
@@ -229,7 +252,7 @@ def first_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, f
         raise ConfigError(f"data.microbatch={data.microbatch}: negatives are mined from the whole batch; nearest: 0, and model.*.remat for memory")
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
-        image_tokens = apply(variables, Blip2.encode_image, batch["image"], key=context.drop("image"))
+        image_tokens = tokens_of(model, variables, batch, context.drop("image"))
         states, own, seen = apply(variables, Blip2.see, image_tokens, key=context.drop("see"))
         found, metrics = {}, {}
         if ITC in terms:
@@ -397,20 +420,18 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
     def prefix_of(variables: Variables, batch: Batch, context: Context | None = None) -> jax.Array:
         def key(name):
             return None if context is None else context.drop(name)
-        images = batch["images"] if "images" in batch else batch["image"][:, None]
-        tokens_of = apply(variables, Blip2.encode_image, images.reshape(-1, *images.shape[2:]), key=key("image"))
         if instructed and "instruction" not in batch:
             raise ConfigError("model.instruction_tokens: the queries read an instruction, and this batch has none; nearest: data.instruction_tokenizer and "
                               "data.instruction_length")
         words = (batch["instruction"], batch["instruction_mask"]) if instructed else ()
-        prefix = apply(variables, Blip2.prefix, tokens_of, *words, key=key("see"))
-        return prefix.reshape(len(images), -1, prefix.shape[-1])
+        prefix = apply(variables, Blip2.prefix, tokens_of(model, variables, batch, key("image")), *words, key=key("see"))
+        return prefix.reshape(next(len(batch[name]) for name in EYES if name in batch), -1, prefix.shape[-1])
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         learned = lesson(batch, context.key("cut") if context.train else None)
         weight = learned.pop("weight", None)
         target = learned.pop("target")
-        images = {k: batch[k] for k in ("image", "images", "instruction", "instruction_mask") if k in batch}
+        images = {k: batch[k] for k in (*EYES, "instruction", "instruction_mask") if k in batch}
 
         def states(part, chunk):
             own = context.replace(rng=drop_key(context, chunk)) if context.train else context
@@ -422,7 +443,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             out = apply(variables, Blip2.reply, prefix, flat.get("prompt"), flat.get("prompt_mask"), flat["ids"], flat["mask"], key=own.drop("reply"))
             return out.reshape(-1, answers, *out.shape[1:])
 
-        rows = len(batch["images"] if "images" in batch else batch["image"])
+        rows = len(batch["text"])
         text = {k: v.reshape(rows, -1, v.shape[-1]) for k, v in learned.items()}
         out = chunked(states, data.microbatch)({"images": images, "text": text})
         out = out.reshape(-1, *out.shape[2:])
