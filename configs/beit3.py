@@ -53,12 +53,6 @@ def fresh(heads, origin="@pretrain"):
     return ((heads, "fresh", "copy"), origin)
 
 
-def told_by(origin):
-    """A frozen tokenizer of images, taken over from a stage or a directory of VQ-KD."""
-    return (("tokenizer/table", f"{origin}:codebook/table", "copy"), ("tokenizer/encoder/position_embed", f"{origin}:encoder/position_embed", "resize_positions_border"),
-            ("tokenizer/(.*)", rf"{origin}:\1", "copy"))
-
-
 def scenes(res, tokenizer=None):
     data = dict(train="scenes:train", eval="scenes:test", batch=96, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash",
                 eval_augment="squash",
@@ -80,7 +74,7 @@ def scenes(res, tokenizer=None):
 
     loss = dict(weights=MASKED, image_masked=14, mask_min_cells=3)
     told = {} if tokenizer is None else dict(
-        model=dict(model, targets=dict(kind="vqkd", **{k: tokenizer[k] for k in ("encoder", "codes", "code_width")})), init=told_by("@tokenizer"), trainable=(FROZEN,))
+        model=dict(model, targets=dict(kind="vqkd", **{k: tokenizer[k] for k in ("encoder", "codes", "code_width")})), init="@tokenizer", trainable=(FROZEN,))
     return dict(
         pretrain=c.stage(**{**start, **told}, loss=loss, steps=800),
         itc=tuned(300, loss=dict(weights=dict(itc=1.0)), origin=fresh(CONTRAST), evals=retrieved),
@@ -119,7 +113,7 @@ def pretrain(size, res, tokenizer):
     patch = 14 if size == "giant" else 16
     targets = dict(VQKD, encoder=dict(VQKD["encoder"], patch=patch))
     return c.stage(
-        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,), init=told_by(tokenizer or "@tokenizer"),
+        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,), init=tokenizer or "@tokenizer",
         loss=dict(weights=MASKED, streams=dict(image=1, text=1, pair=1), image_masked=round(75 / 196 * (res // patch) ** 2), pair_masks="both"),
         optim=adamw(1e-3, 10_000, 0.05, b2=0.98, eps=1e-6, clip_norm=3.0, end_lr=0.0),
         data=dict(data_of(6144, res), augment="random_resized_crop(scale=0.5..1)|flip|color_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0, p=1)"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import partitioning
-from vlm_jax.losses import tiles
+from vlm_jax.losses import answers, tiles
 from vlm_jax.losses.captioning import caption_nll, captioning
 from vlm_jax.losses.contrastive import DUPLICATES, contrastive, sigmoid
 from vlm_jax.losses.terms import wanted, weigh
@@ -370,3 +370,24 @@ def test_weigh_names_the_side_that_is_missing():
         weigh({"itm": 1.0}, {"itc": 1, "cap": 2})
     with pytest.raises(ValueError, match="weight capt=2 has no term; nearest: 'cap'"):
         weigh({"cap": 1.0}, {"cap": 1, "capt": 2})
+
+
+# ---- lists of answers
+
+def test_given_answers_are_told_by_their_ids_and_weighed():
+    listed = answers.table(((1, 5, 2), (1, 6, 7, 2), (1, 8, 2)), 0)
+    ids = jnp.array([[[1, 8, 2, 0, 0], [1, 9, 2, 0, 0], [0, 0, 0, 0, 0]], [[1, 6, 7, 2, 0], [1, 5, 2, 0, 0], [0, 0, 0, 0, 0]]])
+    assert answers.equal(ids, ids != 0, listed, 0).astype(int).tolist() == [[[0, 0, 1], [0, 0, 0], [0, 0, 0]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]]]
+    batch = {"answer": ids, "answer_mask": ids != 0, "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
+    np.testing.assert_allclose(answers.soft_targets(batch, listed, 0), [[0, 0, 0.9], [0.3, 1, 0]], atol=1e-6)
+    logits = jnp.array([[3.0, 2.0, 1.0]])
+    ranked = answers.rank(logits, ids[:, 0], ids[:, 0] != 0, listed, 0)
+    assert ranked.tolist() == [[1, 2]] and answers.rank(logits, ids[:1, 1], ids[:1, 1] != 0, listed, 0)[0, 0] < -1e38
+
+
+def test_an_answer_costs_its_cross_entropy_and_is_worth_its_score():
+    logits, target = jnp.array([[2.0, -1.0], [0.0, 1.0]]), jnp.array([[1.0, 0.3], [0.0, 0.0]])
+    loss, metrics = answers.answer_loss(logits, target)
+    p = jax.nn.sigmoid(logits)
+    np.testing.assert_allclose(loss, -(target * jnp.log(p) + (1 - target) * jnp.log(1 - p)).sum(1).mean(), rtol=1e-5)
+    assert metrics == {"vqa_score": 0.5, "listed": 0.5}

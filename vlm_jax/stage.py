@@ -53,7 +53,7 @@ class Data:
     bad_budget: the share of samples that may be unreadable before the run stops.
     answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer.
     answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
-    images: images per row; several are ``images`` in a batch, instead of ``image``.
+    images: images per row; several are ``images`` in a batch, instead of ``image``; 0: texts alone, no image is looked for.
     classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
     swap: "sides": in training, two images change places half of the time, and the words left and right with them.
     text_clean: how captions and questions are cleaned before they are tokenised (data/clean.py): "albef", "blip", "albef_question",
@@ -187,7 +187,7 @@ class Stage:
                "answer_weight": jax.ShapeDtypeStruct(answers[:2], jnp.float32)} if d.answers else {}
         if d.classes:
             own["label"] = jax.ShapeDtypeStruct((d.batch,), jnp.int32)
-        return {d.rows.image_key: jax.ShapeDtypeStruct(d.rows.image_shape(d.batch, d.size), jnp.uint8),
+        return {**d.rows.image_arrays(jax.ShapeDtypeStruct(d.rows.image_shape(d.batch, d.size), jnp.uint8)),
                 "text": jax.ShapeDtypeStruct((d.batch, d.length), jnp.int32),
                 "text_mask": jax.ShapeDtypeStruct((d.batch, d.length), jnp.bool_),
                 "caption_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
@@ -204,7 +204,7 @@ class Stage:
             raise ConfigError(f"stages.{self.name}.data.train and data.eval must name a source, such as "
                               "folder:photos#train, tars:/data/{00000..00099}.tar or scenes:train")
         d = self.data
-        options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v}
+        options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v} | ({} if d.images else {"image": ""})
         source = configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
         own = list(getattr(source, "classes", None) or ()) if d.classes else []
         if own and own != list(d.classes):
@@ -445,10 +445,11 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
         record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
-            if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
-                rules.append((positions, source, how))
         adopted = adoption(stage, folder, rule)
+        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
+            held = [path for path in stage.plan.shapes if re.fullmatch(positions, path)]
+            if any(adopted is None or any(re.fullmatch(target, path) for target, *_ in adopted) for path in held):
+                rules.append((positions, source, how))
         if adopted is None:
             rules.append((NO_ADAPTER, source, "copy"))
         else:      # a rule for a part that this model lacks says nothing

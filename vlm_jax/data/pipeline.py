@@ -48,7 +48,7 @@ class _Reader:
         All samples are read before the first picture is decoded: short loops stay in the processor's caches, and
         threads seldom wait for each other.
         """
-        pixels, each, found = image.reshape(-1).data, image[0].size // self.rows.images, []
+        pixels, each, found = image.reshape(-1).data, 3 * self.chain.size ** 2, []
         for index, rng in zip(indices, rngs):
             try:
                 found.append(self._read(index, rng))
@@ -67,7 +67,7 @@ class _Reader:
         return found
 
     def _read(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
-        sample = self.source[index]
+        sample = self.source[index] if self.rows.images else {"key": key_of(self.source, index), "text": read_text(self.source, index)}
         texts = sample["text"]
         if not texts:
             raise BadSample("missing_caption")
@@ -139,7 +139,7 @@ class _Steps:
             return None, seen, offences
         text, mask, _ = self.tokenizer(texts, self.length)
         length = bucket or self.holding(int(mask.sum(axis=1).max()))
-        return {asked.image_key: image, "text": text[:, :length], "text_mask": mask[:, :length],
+        return {**asked.image_arrays(image), "text": text[:, :length], "text_mask": mask[:, :length],
                 "caption_id": np.array([hash31(normalise_caption(t)) for t in texts], np.int32),
                 "image_id": np.array([hash31(k) for k in keys], np.int32), **asked.arrays(samples, self.tokenizer)}, seen, offences
 
@@ -293,7 +293,7 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
         text_mask = np.zeros((batch, length), bool)
         if texts:
             text[mask], text_mask[mask], _ = tokenizer(texts, length)
-        return ({rows.image_key: image, "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
+        return ({**rows.image_arrays(image), "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
                  "mask": mask, **rows.arrays(samples, tokenizer)}, meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
@@ -304,7 +304,7 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
             captions: int = 512, rows: Rows = PLAIN) -> dict[str, Any]:
     """What a run is about to read, for the start-up table: the first readable sample and how captions fit.
 
-    {"key", "image" uint8 [size,size,3] (several side by side), "caption", "ids" (real ones), "decoded" (the ids as text again),
+    {"key", "image" uint8 [size,size,3] (several side by side, None for texts alone), "caption", "ids" (real ones), "decoded" (the ids as text again),
     "samples" (in the source), "captions" (looked at), "tokens_mean", "tokens_max", "truncated" (share of the
     captions longer than ``length``)}.
     Captions are of up to ``captions`` samples spread evenly. Raises BadDataError where none of 64 samples can be read.
@@ -328,7 +328,7 @@ def preview(source: Any, tokenizer: Tokenizer, *, size: int, length: int, augmen
         except BadSample:
             continue
     ids, mask, _ = tokenizer([caption], length)
-    shown = image[0] if rows.images == 1 else np.concatenate(image[0], axis=1)
+    shown = (None, image[0])[rows.images] if rows.images < 2 else np.concatenate(image[0], axis=1)
     return {"key": sample["key"], "image": shown, "caption": caption, "ids": ids[0][mask[0]].tolist(),
             "decoded": tokenizer.decode(ids[0]), "samples": len(source), "captions": len(tokens),
             "tokens_mean": float(np.mean(tokens)), "tokens_max": int(max(tokens)),

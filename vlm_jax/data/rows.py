@@ -37,8 +37,11 @@ class Rows:
             raise ValueError(f"answers={self.answers} needs answer_length, the ids of an answer, of at least 2, not {self.answer_length}; nearest: 8")
         if self.answer_length and not self.answers:
             raise ValueError(f"answer_length={self.answer_length} has no use without answers={self.answers}; nearest: answers=1")
-        if self.images < 1:
-            raise ValueError(f"images={self.images} must be at least 1; nearest: 1")
+        if self.images < 0:
+            raise ValueError(f"images={self.images} must be at least 0; nearest: 1")
+        for name in ("answers", "classes"):
+            if not self.images and getattr(self, name):
+                raise ValueError(f"images=0 reads texts alone, without {name}={getattr(self, name)}; nearest: images=1")
         if self.classes == 1:
             raise ValueError("classes names 1 class; nearest: 2 or more, or () for batches without labels")
         if self.swap not in SWAPS:
@@ -50,14 +53,14 @@ class Rows:
     def image_shape(self, batch: int, size: int) -> tuple[int, ...]:
         return (batch, size, size, 3) if self.images == 1 else (batch, self.images, size, size, 3)
 
-    @property
-    def image_key(self) -> str:
-        return "image" if self.images == 1 else "images"
+    def image_arrays(self, image: Any) -> dict[str, Any]:
+        """The key of a batch that holds ``image`` (or its shape), of ``image_shape``; none where there are texts alone."""
+        return {"image" if self.images == 1 else "images": image} if self.images else {}
 
     def pictures(self, sample: Mapping[str, Any]) -> Sequence[Any]:
         """The images of a raw sample. Raises BadSample where there are not as many as asked for."""
-        if self.images == 1:
-            found = [sample.get("image")]
+        if self.images < 2:
+            found = [sample.get("image")][:self.images]
         else:
             found = sample.get("images") or [sample.get("image")]
             if len(found) != self.images:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.errors import nearest
 from vlm_jax.models.bert import keys
-from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
+from vlm_jax.nn.embed import ImageEmbed, TokenEmbed
 from vlm_jax.nn.multiway import Layout, multiway_stack, one
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
@@ -25,7 +25,7 @@ VARIANTS = {
     "mini": dict(patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0),
 }
 EXPERTS = (("image",), ("text", "image"), ("text", "image", "vl"))     # of the stages: vision, language, both
-POSITIONS = ("relative", "absolute")
+POSITIONS = {"relative": "none", "absolute": "learned", "sincos": "sincos"}     # -> those added to the image's embeddings
 TEXT_TYPE, IMAGE_TYPE, OTHER_IMAGE_TYPE = 0, 1, 2     # rows of the table of token types
 
 
@@ -82,38 +82,6 @@ class PositionBias(nn.Module):
         return jnp.take(jnp.concatenate(parts, 1), index, axis=1).transpose(0, 3, 1, 2)
 
 
-class ImageEmbed(nn.Module):
-    """image float [b, h, w, 3], normalised -> [b, 1 + n, width]: class token, patches; with absolute positions theirs are added."""
-    image_size: int
-    patch: int
-    width: int
-    absolute: bool
-    with_mask: bool
-    dtype: Any
-
-    def setup(self):
-        def vector(*shape, axes=("norm",)):
-            return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes), shape, jnp.float32
-
-        self.patch_embed = PatchEmbed(self.patch, self.width, True, dtype=self.dtype)
-        self.class_embed = self.param("class_embed", *vector(self.width))
-        if self.with_mask:
-            self.mask_embed = self.param("mask_embed", *vector(self.width))
-        if self.absolute:
-            self.position_embed = self.param("position_embed", *vector((self.image_size // self.patch) ** 2 + 1, self.width, axes=("position", "embed")))
-
-    def __call__(self, image: jax.Array, masked: jax.Array | None = None) -> jax.Array:
-        """masked bool [b, n]: patches that the mask token stands for."""
-        if image.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(f"image of {image.shape[1]}x{image.shape[2]} pixels does not fit positions for image_size={self.image_size}; "
-                             f"nearest: {self.image_size}x{self.image_size}")
-        x = self.patch_embed(image.astype(self.dtype))
-        if masked is not None:
-            x = jnp.where(masked[..., None], self.mask_embed.astype(self.dtype), x)
-        x = jnp.concatenate([jnp.broadcast_to(self.class_embed.astype(self.dtype), (len(x), 1, self.width)), x], 1)
-        return x + self.position_embed.astype(self.dtype) if self.absolute else x
-
-
 class TextEmbed(nn.Module):
     """ids [b, l] -> [b, l, width]: BERT's embedding. Without ``absolute`` its table of positions is held and not added, as in official files."""
     vocab: int
@@ -151,7 +119,8 @@ class Mome(nn.Module):
     Fields:
       experts: ("image",) alone, ("text", "image"), or with "vl": what a stage has by then.
       types: rows of the table of token types: text, image, and a second image. A model of images alone has none.
-      positions: "relative", by a bias of attention; "absolute", added to the embeddings.
+      positions: "relative", by a bias of attention; "absolute", learned and added to the embeddings; "sincos", the same with
+        fixed ones for images.
       text_positions: rows of the table of BERT's positions. reach: see ``relative_index``.
       drop_path: rate of the last layer; lower ones have proportionally less. Texts' embeddings have dropout of that rate, as officially.
       with_mask: with an embedding that stands for masked patches.
@@ -170,6 +139,7 @@ class Mome(nn.Module):
     positions: str = "relative"
     reach: int = 196
     layer_scale: float = 0.1
+    init_scheme: str = "bert"
     eps: float = 1e-6
     text_eps: float = 1e-12
     drop_path: float = 0.0
@@ -181,22 +151,21 @@ class Mome(nn.Module):
         if tuple(self.experts) not in EXPERTS:
             raise ValueError(f"experts={self.experts!r} is not one of {EXPERTS}; nearest: {EXPERTS[-1]}")
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions={self.positions!r} is not known{nearest(self.positions, POSITIONS)}")
+            raise ValueError(f"positions={self.positions!r} is not known{nearest(self.positions, tuple(POSITIONS))}")
         if not 0 < self.fused < self.layers:
             raise ValueError(f"fused={self.fused} must lie between 1 and {self.layers - 1}, one less than layers={self.layers}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: "
                              f"{max(1, round(self.image_size / self.patch)) * self.patch}")
-        absolute = self.positions == "absolute"
-        self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, self.with_mask, self.dtype)
+        self.image = ImageEmbed(self.image_size, self.patch, self.width, POSITIONS[self.positions], with_mask=self.with_mask, dtype=self.dtype)
         if self.with_text:
-            self.text = TextEmbed(self.vocab, self.width, self.text_positions, absolute, self.drop_path, self.text_eps, self.dtype)
+            self.text = TextEmbed(self.vocab, self.width, self.text_positions, self.positions != "relative", self.drop_path, self.text_eps, self.dtype)
             table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
             self.type_embed = self.param("type_embed", table, (self.types, self.width), jnp.float32)
-        if not absolute:
+        if self.positions == "relative":
             self.position_bias = PositionBias(self.layers, self.heads, self.side, self.reach, self.with_text)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, layer_scale=self.layer_scale, key_bias=False,
-                      drop_path_by="expert", dtype=self.dtype)
+                      init_scheme=self.init_scheme, drop_path_by="expert", dtype=self.dtype)
         alone = tuple(e for e in self.experts if e != "vl")
         self.blocks = multiway_stack(self.layers - self.fused, self.remat, experts=alone, **fields)
         self.blocks_vl = multiway_stack(self.fused, self.remat, experts=tuple(self.experts), **fields)
@@ -221,7 +190,7 @@ class Mome(nn.Module):
 
     def bias(self, length: int, with_image: bool) -> jax.Array | None:
         """The bias of a text of ``length`` (0: none), an image, or both."""
-        if self.positions == "absolute":
+        if self.positions != "relative":
             return None
         index = relative_index(self.side, length, self.reach)
         return self.position_bias(index if with_image else index[:length, :length])

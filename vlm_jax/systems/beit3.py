@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from vlm_jax import config as configs
 from vlm_jax.decode import generate as decode
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.losses.answers import answer_loss, rank, soft_targets, table
 from vlm_jax.losses.block_mask import block_mask
 from vlm_jax.losses.captioning import caption_nll, captioning
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.losses.masked import gather_chosen, mask_share
 from vlm_jax.losses.terms import wanted, weigh
-from vlm_jax.models import beit3
+from vlm_jax.models import beit3, image_codes
 from vlm_jax.models.sizes import sizes
-from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.pixels import compute_dtype, normalise, unnormalise
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -36,8 +37,6 @@ STREAMS = ("image", "text", "pair")
 PAIR_MASKS = ("both", "one")
 METHODS = ("rank",)
 CLASSIFIER_SCALE = 1e-3
-# VQA's soft score of an answer that 0, 1, ... of ten people gave
-SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
 class Beit3(nn.Module):
@@ -69,9 +68,9 @@ class Beit3(nn.Module):
             self.logit_scale = self.param("logit_scale", nn.with_logical_partitioning(nn.initializers.constant(math.log(self.scale)), ()), (), jnp.float32)
         if has({VQA}):
             self.pooler = beit3.Pooler(t.width, t.eps, self.dtype)
-            self.vqa_head = beit3.TwoLayerHead(t.width, 2 * t.width, self.classes, t.eps, dtype=self.dtype)
+            self.vqa_head = beit3.two_layer_head(t.width, self.classes, t.eps, self.dtype)
         if has({CLS}) and self.images == 2:
-            self.pair_head = beit3.TwoLayerHead(4 * t.width, 2 * t.width, self.classes, t.eps, input_norm=True, scale=CLASSIFIER_SCALE, dtype=self.dtype)
+            self.pair_head = beit3.two_layer_head(t.width, self.classes, t.eps, self.dtype, CLASSIFIER_SCALE, input_norm=True)
         elif has({CLS}):
             self.class_head = beit3.ClassHead(t.width, self.classes, t.eps, CLASSIFIER_SCALE, self.dtype)
 
@@ -82,8 +81,7 @@ class Beit3(nn.Module):
 
     def codes(self, image: jax.Array) -> jax.Array:
         """image [b, h, w, 3] -> ids [b, n] that its patches are to be told as."""
-        image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image * jnp.asarray(self.std) + jnp.asarray(self.mean)
-        return jax.lax.stop_gradient(self.tokenizer(image))
+        return jax.lax.stop_gradient(self.tokenizer(unnormalise(image, self.mean, self.std)))
 
     def words(self, states: jax.Array) -> jax.Array:
         """States -> fp32 logits [..., vocab]."""
@@ -144,7 +142,7 @@ class Beit3(nn.Module):
         if terms & {MLM, PAIR_MLM, CAP}:
             out.append(self.words(states[:, :1]))
         if terms & {MIM, PAIR_MIM}:
-            out += [self.patches(states[:, :1]), *([self.codes(image)] if not isinstance(self.targets, beit3.Unknown) else [])]
+            out += [self.patches(states[:, :1]), *([self.codes(image)] if not isinstance(self.targets, image_codes.Unknown) else [])]
         if ITC in terms:
             out += [self.image_feature(states), self.text_feature(states), self.logit_scale]
         if VQA in terms:
@@ -174,7 +172,7 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
     classes = classes or len(answers)
     if set(terms) & set(ALONE) and classes < 2:
         raise ConfigError(f"model.classes={classes} leaves nothing to choose; nearest: 2" + (", or model.answers" if VQA in terms else ""))
-    return Beit3(tower, beit3.make_targets(tower.patch, size, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
+    return Beit3(tower, image_codes.make_targets(tower.patch, size, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
                  mean=tuple(mean), std=tuple(std), scale=scale, dtype=dtype)
 
 
@@ -227,12 +225,12 @@ def build(config: Any) -> System:
     terms, weights = o["terms"], o["weights"]
     model = configs.call(build_model, config.model, "model", size=data.size, terms=terms, images=data.images)
     check(o, model, data)
-    answers = table(config.model.get("answer_ids", ()), tokens["pad"])
-    image_key, grid = "images" if data.images > 1 else "image", model.tower.image_size // model.tower.patch
+    listed = table(config.model.get("answer_ids", ()), tokens["pad"])
+    grid = model.tower.image_size // model.tower.patch
     apply = functools.partial(run, model)
 
     def init(key, spec):
-        variables = model.init(key, jnp.zeros((1, *spec[image_key].shape[-3:]), jnp.float32), jnp.zeros((1, 2), jnp.int32))
+        variables = model.init(key, jnp.zeros((1, data.size, data.size, 3), jnp.float32), jnp.zeros((1, 2), jnp.int32))
         return {**variables, "params": beit3.by_depth(variables["params"])}
 
     def encode(variables: Variables, *args: Any, key=None) -> jax.Array:
@@ -325,17 +323,8 @@ def build(config: Any) -> System:
         return apply(variables, Beit3.tell, apply(variables, Beit3.pool, states))
 
     def question(variables: Variables, batch: Batch, context: Context):
-        """Cross-entropy of every listed answer with its soft score, summed over the list."""
         logits = answered(variables, batch, context.drop("question"))
-        if "scores" in batch:
-            target = batch["scores"]
-        else:
-            same = equal(batch["answer"], batch["answer_mask"], answers, tokens["pad"])      # [b, a, list]
-            given = jnp.round(10 * (same * batch["answer_weight"][..., None]).sum(1)).astype(jnp.int32)
-            target = jnp.asarray(SCORES)[jnp.clip(given, 0, len(SCORES) - 1)]
-        each = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-        chosen = jnp.take_along_axis(target, logits.argmax(1)[:, None], axis=1)
-        return each.sum(1).mean(), {"accuracy": chosen.mean(), "listed": (target.max(1) > 0).mean()}
+        return answer_loss(logits, batch["answer_target"] if "answer_target" in batch else soft_targets(batch, listed, tokens["pad"]))
 
     def class_logits(variables: Variables, batch: Batch, key=None) -> jax.Array:
         if data.images == 2:
@@ -429,10 +418,9 @@ def build(config: Any) -> System:
         pooled = apply(variables, Beit3.pool, states)
         logits = scores = apply(variables, Beit3.tell, pooled)
         if "candidates" in batch:
-            if not len(answers):
+            if not len(listed):
                 raise ConfigError("model.answers is empty: nobody knows which answers the head's classes are; nearest: a file with one a line")
-            same = equal(batch["candidates"][None], batch["candidates_mask"][None], answers, tokens["pad"])[0]      # [c, list]
-            scores = jnp.where(same.any(1), jnp.take(logits, same.argmax(1), axis=1), jnp.finfo(jnp.float32).min)
+            scores = rank(logits, batch["candidates"], batch["candidates_mask"], listed, tokens["pad"])
         best, top = jax.lax.top_k(scores, min(k, scores.shape[1]))
         return {"answer": top[:, 0].astype(jnp.int32), "score": best[:, 0], "top": top.astype(jnp.int32), "top_score": best, "logits": logits, "pooled": pooled}
 
@@ -443,7 +431,8 @@ def build(config: Any) -> System:
     offered = {"features": (features, True), "fuse": (fuse, True), "embed": (embed, {ITC}), "caption_logits": (caption_logits, {MLM, PAIR_MLM, CAP}),
                "generate": (generate, {MLM, PAIR_MLM, CAP} if not model.tower.joint_layers else set()), "answer": (answer, {VQA}),
                "classify": (classify, {CLS})}
-    return System(model, init, loss, {name: fn for name, (fn, needed) in offered.items() if needed is True or needed & set(terms)}, papers=("2208.10442",))
+    return System(model, init, loss, {name: fn for name, (fn, needed) in offered.items() if needed is True or needed & set(terms)}, papers=("2208.10442",),
+                  adopt={"vqkd": image_codes.FROM_VQKD})
 
 
 def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
@@ -456,6 +445,8 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
                           f"{max(1, round(data.batch / group)) * group}")
     if data.microbatch:
         raise ConfigError(f"data.microbatch={data.microbatch} is not supported by beit3; nearest: 0, and model.tower.remat for memory")
+    if not data.images and terms != {MLM}:
+        raise ConfigError(f"data.images=0, but of loss.weights only {MLM} learns from texts alone; nearest: 1")
     if data.images > 2 or data.images == 2 and CLS not in terms:
         raise ConfigError(f"data.images={data.images}: two images stand beside a text where loss.weights has cls, else one; nearest: "
                           f"{2 if CLS in terms else 1}")
@@ -469,18 +460,3 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
     if data.length > model.tower.positions - beit3.DEAD_ROWS:
         places = model.tower.positions - beit3.DEAD_ROWS
         raise ConfigError(f"data.length={data.length} exceeds the {places} places of model.tower.positions={model.tower.positions}; nearest: {places}")
-
-
-def table(answer_ids: tuple[tuple[int, ...], ...], pad: int) -> jax.Array:
-    """Answers as rows of ids [list, l], padded."""
-    longest = max(map(len, answer_ids), default=0)
-    return jnp.asarray([[*ids, *[pad] * (longest - len(ids))] for ids in answer_ids], jnp.int32).reshape(len(answer_ids), longest)
-
-
-def equal(ids: jax.Array, real: jax.Array, answers: jax.Array, pad: int) -> jax.Array:
-    """Which of the listed answers [list, m] each of ids [b, a, l] is: bool [b, a, list]. Rows without a real token are none."""
-    real = real.astype(bool)
-    length = max(ids.shape[-1], answers.shape[1])
-    ids = jnp.pad(jnp.where(real, ids, pad), ((0, 0), (0, 0), (0, length - ids.shape[-1])), constant_values=pad)
-    answers = jnp.pad(answers, ((0, 0), (0, length - answers.shape[1])), constant_values=pad)
-    return (ids[:, :, None] == answers).all(-1) & real.any(-1, keepdims=True)
