@@ -131,7 +131,7 @@ def itc(size, res, start):
 
 def tasks(size, res, start):
     """beit3/README.md and get_started/*.md: AdamW, cosine to 1e-6; ``layer_decay`` ^ (layers + 1 - i) of the rate in layer i. From the plain or the
-    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones. ImageNet's mixup, cutmix, random erasing and smoothing are left out."""
+    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones."""
     large, pretrained = size == "large", start or "@pretrain"
 
     def pick(base, other):
@@ -155,6 +155,6 @@ def tasks(size, res, start):
                       dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1, drop_worst=0.2, drop_worst_after=12_000), pretrained,
                       data=dict(length=32, augment=CROPS + RANDAUG), evals=dict(kind="caption", options=BEAMS)),
         classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25),
-                      dict(weights=dict(cls=1.0)), fresh(CLASSES, pretrained),
-                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
+                      dict(weights=dict(cls=1.0), mixup=0.8, cutmix=1.0, label_smoothing=0.1), fresh(CLASSES, pretrained),
+                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)|random_erasing(p=0.25, mean=0.449, std=0.226)", eval_augment="resize|center_crop"),
                       evals=dict(kind="classify"), trainable=(IMAGES_ALONE,), classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD))

@@ -464,6 +464,20 @@ def test_soft_scores_follow_how_many_of_ten_gave_an_answer():
     np.testing.assert_allclose(found, loss_of("vqa", params, batch | {"answer_target": target})[0], rtol=1e-6)
 
 
+def test_images_with_classes_are_mixed_in_training_alone(tmp_path_factory):
+    case = cases("classes", tmp_path_factory)
+    section, leaves = stages.ConfigDict(case.section.to_dict()), stages.read_weights(case.folder)
+    system = stages.resolve(section, "plain").system
+    with section.unlocked():
+        section.loss.update(mixup=0.8, cutmix=1.0)
+    mixed, found = stages.resolve(section, "mixed").system, {}
+    batch = {"image": case.batch["image"], "label": jnp.arange(len(case.batch["image"])) % 2}
+    for train in (False, True):
+        context = Context(jax.random.key(0), jnp.int32(0), train=train)
+        found[train] = [float(jax.jit(lambda p, s=s, c=context: s.loss(merge(p, {}, {}), {}, batch, c)[0])(leaves)) for s in (system, mixed)]
+    assert found[False][0] == found[False][1] and found[True][0] != found[True][1] and np.isfinite(found[True]).all()
+
+
 # ---- sections, tokenizer
 
 def rewritten(section, **model):
@@ -471,6 +485,8 @@ def rewritten(section, **model):
 
 
 @pytest.mark.parametrize("stage, change, message", [
+    ("pretrain", lambda s: s.loss.update(mixup=0.8), "loss.mixup=0.8: mixtures are of images with classes"),
+    ("pretrain", lambda s: s.data.update(images=0), "data.images=0, but of loss.weights only mlm learns from texts alone; nearest: 1"),
     ("pretrain", lambda s: s.loss.weights.update(mlmm=1.0), "loss.weights.mlmm=1.0 is not a term; nearest: 'mlm'"),
     ("pretrain", lambda s: s.loss.update(pair_masks="bot"), "loss.pair_masks='bot' is not known; nearest: 'both'"),
     ("pretrain", lambda s: s.loss.update(image_masked=75), "loss.image_masked=75 of 36 patches; nearest: 14"),

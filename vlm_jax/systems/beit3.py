@@ -22,6 +22,7 @@ from vlm_jax.losses.block_mask import block_mask
 from vlm_jax.losses.captioning import caption_nll, captioning
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.losses.masked import gather_chosen, mask_share
+from vlm_jax.losses.mixing import mix, soft_cross_entropy, soft_labels
 from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import beit3, image_codes
 from vlm_jax.models.sizes import sizes
@@ -178,7 +179,7 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
 
 def build_loss(*, weights: dict, streams: dict | None = None, text_share: float = 0.15, pair_text_share: float = 0.5, image_masked: int = 75,
                mask_min_cells: int = 16, pair_masks: str = "both", caption_share: float = 0.6, label_smoothing: float = 0.0, drop_worst: float = 0.0,
-               drop_worst_after: int = 0) -> dict[str, Any]:
+               drop_worst_after: int = 0, mixup: float = 0.0, cutmix: float = 0.0) -> dict[str, Any]:
     """The ``loss`` section, checked.
 
     weights: of ``mim`` and ``mlm`` (images and texts alone), ``pair_mim`` and ``pair_mlm``, ``itc``, ``cap``, ``vqa``, ``cls``; the model has no heads
@@ -187,8 +188,8 @@ def build_loss(*, weights: dict, streams: dict | None = None, text_share: float 
     texts alone (nor their image) and as pairs; default 1, 1, 1. text_share, pair_text_share: of a text's tokens that are masked. image_masked: patches
     of an image that are masked, block-wise (75 of 14 x 14, the official code's "40%"); mask_min_cells: the smallest block's area.
     pair_masks: a pair has "both" sides masked at once, or "one", drawn for each (the paper does not say).
-    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids. drop_worst: share of the caption tokens with the largest
-    losses that is left out after ``drop_worst_after`` steps.
+    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids; of classes, by all. drop_worst: share of the caption tokens with the largest
+    losses that is left out after ``drop_worst_after`` steps. mixup, cutmix: of images with classes, see ``losses.mixing``.
     """
     for name in weights:
         if name not in TERMS:
@@ -211,11 +212,14 @@ def build_loss(*, weights: dict, streams: dict | None = None, text_share: float 
     for name, share in (("label_smoothing", label_smoothing), ("drop_worst", drop_worst)):
         if not 0 <= share < 1:
             raise ConfigError(f"loss.{name}={share} is not a share below 1; nearest: {min(max(share, 0.0), 0.9)}")
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if value < 0 or value and CLS not in terms:
+            raise ConfigError(f"loss.{name}={value}: mixtures are of images with classes (loss.weights.{CLS}), by a number above 0; nearest: 0")
     if pair_masks not in PAIR_MASKS:
         raise ConfigError(f"loss.pair_masks={pair_masks!r} is not known{nearest(pair_masks, PAIR_MASKS)}")
     return dict(weights=weights, terms=terms, streams=streams, text_share=text_share, pair_text_share=pair_text_share, image_masked=image_masked,
                 mask_min_cells=mask_min_cells, pair_masks=pair_masks, caption_share=caption_share, label_smoothing=label_smoothing, drop_worst=drop_worst,
-                drop_worst_after=drop_worst_after)
+                drop_worst_after=drop_worst_after, mixup=mixup, cutmix=cutmix)
 
 
 def build(config: Any) -> System:
@@ -335,9 +339,13 @@ def build(config: Any) -> System:
         return apply(variables, Beit3.classify, encode(variables, batch["image"], None, key=key))
 
     def classed(variables: Variables, batch: Batch, context: Context):
+        targets = soft_labels(batch["label"], model.classes, o["label_smoothing"] if context.train else 0.0)
+        if context.train and data.images == 1:
+            image = normalise(batch["image"], model.mean, model.std)
+            image, targets = mix(context.key("mix"), image, targets, mixup=o["mixup"], cutmix=o["cutmix"])
+            batch = {**batch, "image": image}
         logits = class_logits(variables, batch, context.drop("class"))
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1)
-        return nll.mean(), {"accuracy": (logits.argmax(1) == batch["label"]).mean()}
+        return soft_cross_entropy(logits, targets), {"accuracy": (logits.argmax(1) == targets.argmax(1)).mean()}
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         found, metrics = masked_data(variables, batch, context) if set(terms) & set(MASKED) else ({}, {})
@@ -450,6 +458,8 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
     if data.images > 2 or data.images == 2 and CLS not in terms:
         raise ConfigError(f"data.images={data.images}: two images stand beside a text where loss.weights has cls, else one; nearest: "
                           f"{2 if CLS in terms else 1}")
+    if data.images == 2 and (o["mixup"] or o["cutmix"]):
+        raise ConfigError(f"loss.mixup={o['mixup']} and loss.cutmix={o['cutmix']} are of images alone, not of data.images=2; nearest: 0")
     if CLS in terms and len(data.classes) not in (0, model.classes):
         raise ConfigError(f"data.classes={tuple(data.classes)} are {len(data.classes)}, but model.classes={model.classes}; nearest: "
                           f"model.classes={len(data.classes)}")
