@@ -257,13 +257,13 @@ class EvalBatches(_Batches):
         return batch, meta
 
 
-def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
+def eval_batches(source: Any, tokenizer: Tokenizer | None, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
                  limit: int | None = None, threads: int = 2, prefetch: int = 2, bad_budget: float = 0.01,
                  quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN) -> EvalBatches:
     """Every sample once (the first ``limit``), in index order: an iterator of (batch, meta).
 
     ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are
-    counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption. ``meta``
+    counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption (there is none without a tokenizer). ``meta``
     has one entry per True row, in order: {"key", "captions" (all of them, as they are read), "label" (None without), "index"}, and where the
     sample has them "answers" (as given, with repeats), "kind" (of question) and "question_id". ``rows``: what batches hold beside image and
     text; a sample without answers or label has weights of 0 and -1.
@@ -289,12 +289,14 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
             samples[row] = rows.keep(sample)
             meta.append({"key": sample["key"], "captions": reader.captions(sample), "label": sample.get("label"),
                          "index": index, **told(sample)})
-        text = np.full((batch, length), tokenizer.pad_id, np.int32)
-        text_mask = np.zeros((batch, length), bool)
-        if texts:
-            text[mask], text_mask[mask], _ = tokenizer(texts, length)
-        return ({**rows.image_arrays(image), "text": text, "text_mask": text_mask, "caption_id": ids[0], "image_id": ids[1],
-                 "mask": mask, **rows.arrays(samples, tokenizer)}, meta, len(indices), offences)
+        found = {}
+        if tokenizer is not None:
+            text, text_mask = np.full((batch, length), tokenizer.pad_id, np.int32), np.zeros((batch, length), bool)
+            if texts:
+                text[mask], text_mask[mask], _ = tokenizer(texts, length)
+            found = {"text": text, "text_mask": text_mask}
+        return ({**rows.image_arrays(image), **found, "caption_id": ids[0], "image_id": ids[1], "mask": mask, **rows.arrays(samples, tokenizer)},
+                meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return EvalBatches(read, -(-total // batch), threads, prefetch, ledger)
