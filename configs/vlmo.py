@@ -70,18 +70,20 @@ def scenes(name, init, trunk, model, loss, data=()):
     tasks = {"vqa": "/vqa", "nlvr": "/pairs"}
     model = dict(model, **(dict(answers=ANSWERS) if name == "vqa" else {}))
     tuned = name in ("retrieval", "vqa", "nlvr")
+    if name in ("language", "joint"):
+        loss = dict(loss, mask_share=0.3)      # a word in seven of short captions says little
     found = dict(kind="retrieval", examples=500, options=dict(captions="first"))
     scored = dict(joint=dict(retrieval=found, matching=dict(kind="matching", examples=500)), retrieval=dict(retrieval=found),
                   vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(candidates=ANSWERS, k=1))), nlvr=dict(classify=dict(kind="classify", examples=1000)))
     return c.stage(
-        system="vlmo", init=init, trainable=(trained(name, "relative"),), loss=loss,
+        system="vlmo", init=init, trainable=(trained(name, "sincos"),), loss=loss,
         model=dict(trunk=dict(variant="mini", text_positions=32, **trunk), dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1), **model),
-        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.02 if tuned else 0.05, muon_scale="width", b1=0.9, b2=0.98,
+        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.01 if tuned else 0.015, muon_scale="width", b1=0.9, b2=0.98,
                    momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
-        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48, microbatch=0, size=48,
+        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32, microbatch=0, size=48,
                   length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
-        evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 500}.get(name, 300), checkpoint=dict(every=500, keep=2))
+        evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 1200}.get(name, 300), checkpoint=dict(every=500, keep=2))
 
 
 def trained(name, positions):
