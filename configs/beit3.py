@@ -1,8 +1,8 @@
 """BEiT-3: image as a foreign language (arXiv 2208.10442).
 
 python -m vlm_jax.main --config=configs/beit3.py
-    The embedded preset on procedural scenes (its four stages have only run in short, 20 steps each): a small CLIP, the VQ-KD tokenizer of images that learns from it
-    (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
+    The embedded preset on procedural scenes (its four stages have only run in short, 20 steps each): a small CLIP, the VQ-KD tokenizer of images that
+    learns from it (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
     told as bins of their mean colour.
 python -m vlm_jax.main --config=configs/beit3.py --stage=vqa
     What it is tuned to from there: retrieval, vqa, nlvr, caption.
@@ -156,5 +156,6 @@ def tasks(size, res, start):
                       data=dict(length=32, augment=CROPS + RANDAUG), evals=dict(kind="caption", options=BEAMS)),
         classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25),
                       dict(weights=dict(cls=1.0), mixup=0.8, cutmix=1.0, label_smoothing=0.1), fresh(CLASSES, pretrained),
-                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)|random_erasing(p=0.25, mean=0.449, std=0.226)", eval_augment="resize|center_crop"),
+                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)|random_erasing(p=0.25, mean=0.449, std=0.226)",
+                                eval_augment="resize|center_crop"),
                       evals=dict(kind="classify"), trainable=(IMAGES_ALONE,), classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD))

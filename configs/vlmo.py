@@ -6,8 +6,8 @@ python -m vlm_jax.main --config=configs/vlmo.py:base,vision=BEIT --config.stages
     --config.stages.language.data.tokenizer=bert:vocab.txt --config.stages.joint.data.tokenizer=bert:vocab.txt
     The paper's sizes (base, base_plus, large) and recipe. BEIT: a directory imported with --release=beit; without it the first stage is trained
     here: ":base,tokenizer=DIR" tells masked patches as the codes of a VQ-KD tokenizer, trained (configs/vqkd.py:base) or imported (--release=vqkd), ":base"
-    alone as colours, a stand-in. The stage of texts looks for no images: its data may have none. ":base,language=DIR" goes on from an imported *_stage2.pt, ":base,joint=DIR" with the
-    stages below from a pre-trained one (--release=vlmo).
+    alone as colours, a stand-in. The stage of texts looks for no images: its data may have none.
+    ":base,language=DIR" goes on from an imported *_stage2.pt, ":base,joint=DIR" with the stages below from a pre-trained one (--release=vlmo).
 python -m vlm_jax.main --config=configs/vlmo.py:base,joint=DIR --stage=retrieval --config.stages.retrieval.data.train=...
     Image-text retrieval (retrieval), questions (vqa: --config.stages.vqa.model.answers=FILE, one a line), statements about two images (nlvr).
 """
@@ -81,8 +81,8 @@ def scenes(name, init, trunk, model, loss, data=()):
         optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.01 if tuned else 0.015, muon_scale="width", b1=0.9, b2=0.98,
                    momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
-        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32, microbatch=0, size=48,
-                  length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
+        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32,
+                  microbatch=0, size=48, length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
         evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 1200}.get(name, 300), checkpoint=dict(every=500, keep=2))
 
 

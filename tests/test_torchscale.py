@@ -40,7 +40,8 @@ class Case:
             encoder_embed_dim=width, encoder_attention_heads=heads, encoder_ffn_embed_dim=mlp, encoder_layers=layers, max_source_positions=rows)).eval()
         with torch.no_grad():
             for name, p in self.theirs.named_parameters():
-                p.copy_(torch.randn(p.shape) * (p[0].numel() ** -0.5 if p.ndim > 1 and "embed" not in name else 0.3) + (p.ndim == 1 and name.endswith("weight")))
+                std = p[0].numel() ** -0.5 if p.ndim > 1 and "embed" not in name else 0.3
+                p.copy_(std * torch.randn(p.shape) + (p.ndim == 1 and name.endswith("weight")))
         rng = np.random.default_rng(0)
         self.image = rng.standard_normal((3, image, image, 3)).astype(np.float32)
         self.ids, self.real = rng.integers(3, vocab, (3, length)).astype(np.int32), np.arange(length) < np.array([length, 2, length // 2 + 1])[:, None]
@@ -111,7 +112,8 @@ def test_a_planted_mistake_shows(case, mistake):
     if mistake == "eps":
         section.model.tower.eps = 1e-2
     elif mistake == "swapped":
-        leaves |= {p: leaves[p.replace("/text/", "/new/").replace("/image/", "/text/").replace("/new/", "/image/")] for p in leaves if p.startswith("blocks/mlp")}
+        other = {p: p.replace("/text/", "/new/").replace("/image/", "/text/").replace("/new/", "/image/") for p in leaves if p.startswith("blocks/mlp")}
+        leaves |= {p: leaves[q] for p, q in other.items()}
     else:
         section.model.tower.heads = 1
         leaves = {p: x if "attn" not in p or "norm" in p else x.reshape(x.shape[0], 1, -1, x.shape[-1]) if p.endswith("out/kernel") else

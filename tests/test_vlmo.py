@@ -431,7 +431,8 @@ def test_three_stages_in_one_command(tmp_path):
 
 
 def test_masked_patches_are_told_as_the_codes_of_an_imported_tokenizer(tmp_path):
-    folder = cli.import_release("vqkd", str(STORED / "vqkd" / "weights.safetensors"), tmp_path / "vqkd", Hints(image_heads=3, decoder_heads=4), say=lambda line: None)
+    source, hints = str(STORED / "vqkd" / "weights.safetensors"), Hints(image_heads=3, decoder_heads=4)
+    folder = cli.import_release("vqkd", source, tmp_path / "vqkd", hints, say=lambda line: None)
     tokenizer = vlm_jax.load(folder)
     whole, told = tiny("vision"), tokenizer.config.model
     section = whole.stages.vision
@@ -448,6 +449,14 @@ def test_masked_patches_are_told_as_the_codes_of_an_imported_tokenizer(tmp_path)
     codes = run(stage.system.model, merge({**fresh, **leaves}, {}, {}), Vlmo.codes, image)
     np.testing.assert_array_equal(codes, tokenizer.predict["tokens"]({"image": image})["ids"])
     assert fresh["mim_head/kernel"].shape[1] == told.codes
+
+
+def test_the_papers_first_stage_takes_a_tokenizer():
+    section = config("vlmo", "base,tokenizer=DIR").stages.vision
+    section.data.tokenizer = ""
+    plan = stages.resolve(section, "vision").plan
+    assert section.init == "DIR" and plan.shapes["mim_head/kernel"].shape == (768, 8192) and plan.shapes["tokenizer/table"].shape == (8192, 32)
+    assert {p for p in plan.shapes if p not in plan.trainable} == {p for p in plan.shapes if p.startswith("tokenizer/")}
 
 
 def test_texts_alone_come_without_images(tmp_path, monkeypatch):

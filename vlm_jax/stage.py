@@ -204,7 +204,8 @@ class Stage:
             raise ConfigError(f"stages.{self.name}.data.train and data.eval must name a source, such as "
                               "folder:photos#train, tars:/data/{00000..00099}.tar or scenes:train")
         d = self.data
-        options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v} | ({} if d.images else {"image": ""})
+        options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v}
+        options |= {} if d.images else {"image": ""}
         source = configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
         own = list(getattr(source, "classes", None) or ()) if d.classes else []
         if own and own != list(d.classes):

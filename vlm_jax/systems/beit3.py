@@ -188,8 +188,8 @@ def build_loss(*, weights: dict, streams: dict | None = None, text_share: float 
     texts alone (nor their image) and as pairs; default 1, 1, 1. text_share, pair_text_share: of a text's tokens that are masked. image_masked: patches
     of an image that are masked, block-wise (75 of 14 x 14, the official code's "40%"); mask_min_cells: the smallest block's area.
     pair_masks: a pair has "both" sides masked at once, or "one", drawn for each (the paper does not say).
-    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids; of classes, by all. drop_worst: share of the caption tokens with the largest
-    losses that is left out after ``drop_worst_after`` steps. mixup, cutmix: of images with classes, see ``losses.mixing``.
+    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids; of classes, by all. drop_worst: share of the
+    caption tokens with the largest losses that is left out after ``drop_worst_after`` steps. mixup, cutmix: of images with classes, see ``losses.mixing``.
     """
     for name in weights:
         if name not in TERMS:

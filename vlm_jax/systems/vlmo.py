@@ -170,7 +170,8 @@ class Vlmo(nn.Module):
 
 
 def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict | None = None, targets: dict | None = None, classes: int = 0,
-                scale: float = 1 / 0.07, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (), pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
+                scale: float = 1 / 0.07, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (),
+                pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
     """The module of a config's ``model`` section.
 
     trunk: fields of ``models.vlmo.Mome``. targets: what masked patches are to be told as (``models.image_codes``): kind "colours" (a stand-in; ``bins``),
@@ -190,7 +191,8 @@ def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict 
         raise ConfigError("model.classes=0 and model.answers says none: a classifier of answers needs a list of them; nearest: model.answers=FILE")
     trunk = sizes(vlmo.VARIANTS, **{"vocab": tokens["vocab"] if tokens else 0, "image_size": size, "dtype": dtype, "with_mask": "mim" in heads, **trunk})
     trunk = vlmo.Mome(**trunk)
-    return Vlmo(trunk, heads=tuple(heads), targets=image_codes.make_targets(trunk.patch, size, **(targets or {})), classes=classes, scale=scale, mean=tuple(mean), std=tuple(std), dtype=dtype)
+    told = image_codes.make_targets(trunk.patch, size, **(targets or {}))
+    return Vlmo(trunk, tuple(heads), told, classes=classes, scale=scale, mean=tuple(mean), std=tuple(std), dtype=dtype)
 
 
 def build_loss(*, weights: dict, negatives: str = "hard", group: int = 0, ranks: int = 1, masking: str = "tokens", mask_share: float = 0.15,
