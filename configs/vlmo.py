@@ -2,6 +2,7 @@
 
 python -m vlm_jax.main --config=configs/vlmo.py
     The embedded preset: images alone, texts alone, both together, on procedural scenes. It has not been run to its end yet: no scores.
+    What was tried on the way to its rates: docs/results.md.
 python -m vlm_jax.main --config=configs/vlmo.py:base,vision=BEIT --config.stages.language.data.train=... --config.stages.joint.data.train=... \\
     --config.stages.language.data.tokenizer=bert:vocab.txt --config.stages.joint.data.tokenizer=bert:vocab.txt
     The paper's sizes (base, base_plus, large) and recipe. BEIT: a directory imported with --release=beit; without it the first stage is trained
@@ -76,9 +77,9 @@ def scenes(name, init, trunk, model, loss, data=()):
     scored = dict(joint=dict(retrieval=found, matching=dict(kind="matching", examples=500)), retrieval=dict(retrieval=found),
                   vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(candidates=ANSWERS, k=1))), nlvr=dict(classify=dict(kind="classify", examples=1000)))
     return c.stage(
-        system="vlmo", init=init, trainable=(trained(name, "sincos"),), loss=loss,
+        system="vlmo", init=init, trainable=(trained(name, "relative"),), loss=loss,
         model=dict(trunk=dict(variant="mini", text_positions=32, **trunk), dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1), **model),
-        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.01 if tuned else 0.015, muon_scale="width", b1=0.9, b2=0.98,
+        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.01 if tuned else 0.02, muon_scale="width", b1=0.9, b2=0.98,
                    momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
         data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32,

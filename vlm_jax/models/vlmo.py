@@ -21,12 +21,11 @@ VARIANTS = {
     "base": dict(patch=16, width=768, layers=12, heads=12, mlp_dim=3072, fused=2),
     "base_plus": dict(patch=16, width=544, layers=24, heads=16, mlp_dim=2176, fused=3, positions="absolute", layer_scale=0.0),
     "large": dict(patch=16, width=1024, layers=24, heads=16, mlp_dim=4096, fused=3),
-    # 36 tokens of a 48-pixel image: trains on a CPU in minutes. At this width matrices of std .02 pass next to nothing on: images' class tokens, and texts',
-    # would start so much alike that contrast finds no difference to learn from. A bias by relative position alone learns places and order later
-    "mini": dict(patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, positions="sincos", reach=48, layer_scale=0.0, init_scheme="fan_in"),
+    # 36 tokens of a 48-pixel image: trains on a CPU in minutes
+    "mini": dict(patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0),
 }
 EXPERTS = (("image",), ("text", "image"), ("text", "image", "vl"))     # of the stages: vision, language, both
-POSITIONS = {"relative": "none", "absolute": "learned", "sincos": "sincos"}     # -> those added to the image's embeddings
+POSITIONS = ("relative", "absolute")
 TEXT_TYPE, IMAGE_TYPE, OTHER_IMAGE_TYPE = 0, 1, 2     # rows of the table of token types
 
 
@@ -120,8 +119,7 @@ class Mome(nn.Module):
     Fields:
       experts: ("image",) alone, ("text", "image"), or with "vl": what a stage has by then.
       types: rows of the table of token types: text, image, and a second image. A model of images alone has none.
-      positions: "relative", by a bias of attention; "absolute", learned and added to the embeddings; "sincos", the same with
-        fixed ones for images.
+      positions: "relative", by a bias of attention; "absolute", added to the embeddings.
       text_positions: rows of the table of BERT's positions. reach: see ``relative_index``.
       drop_path: rate of the last layer; lower ones have proportionally less. Texts' embeddings have dropout of that rate, as officially.
       with_mask: with an embedding that stands for masked patches.
@@ -140,7 +138,6 @@ class Mome(nn.Module):
     positions: str = "relative"
     reach: int = 196
     layer_scale: float = 0.1
-    init_scheme: str = "bert"
     eps: float = 1e-6
     text_eps: float = 1e-12
     drop_path: float = 0.0
@@ -152,21 +149,22 @@ class Mome(nn.Module):
         if tuple(self.experts) not in EXPERTS:
             raise ValueError(f"experts={self.experts!r} is not one of {EXPERTS}; nearest: {EXPERTS[-1]}")
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions={self.positions!r} is not known{nearest(self.positions, tuple(POSITIONS))}")
+            raise ValueError(f"positions={self.positions!r} is not known{nearest(self.positions, POSITIONS)}")
         if not 0 < self.fused < self.layers:
             raise ValueError(f"fused={self.fused} must lie between 1 and {self.layers - 1}, one less than layers={self.layers}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: "
                              f"{max(1, round(self.image_size / self.patch)) * self.patch}")
-        self.image = ImageEmbed(self.image_size, self.patch, self.width, POSITIONS[self.positions], with_mask=self.with_mask, dtype=self.dtype)
+        absolute = self.positions == "absolute"
+        self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, with_mask=self.with_mask, dtype=self.dtype)
         if self.with_text:
-            self.text = TextEmbed(self.vocab, self.width, self.text_positions, self.positions != "relative", self.drop_path, self.text_eps, self.dtype)
+            self.text = TextEmbed(self.vocab, self.width, self.text_positions, absolute, self.drop_path, self.text_eps, self.dtype)
             table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
             self.type_embed = self.param("type_embed", table, (self.types, self.width), jnp.float32)
-        if self.positions == "relative":
+        if not absolute:
             self.position_bias = PositionBias(self.layers, self.heads, self.side, self.reach, self.with_text)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, layer_scale=self.layer_scale, key_bias=False,
-                      init_scheme=self.init_scheme, drop_path_by="expert", dtype=self.dtype)
+                      drop_path_by="expert", dtype=self.dtype)
         alone = tuple(e for e in self.experts if e != "vl")
         self.blocks = multiway_stack(self.layers - self.fused, self.remat, experts=alone, **fields)
         self.blocks_vl = multiway_stack(self.fused, self.remat, experts=tuple(self.experts), **fields)
@@ -191,7 +189,7 @@ class Mome(nn.Module):
 
     def bias(self, length: int, with_image: bool) -> jax.Array | None:
         """The bias of a text of ``length`` (0: none), an image, or both."""
-        if self.positions != "relative":
+        if self.positions == "absolute":
             return None
         index = relative_index(self.side, length, self.reach)
         return self.position_bias(index if with_image else index[:length, :length])

@@ -39,18 +39,17 @@ class PatchEmbed(nn.Module):
 
 
 class ImageEmbed(nn.Module):
-    """image float [b, h, w, 3], normalised -> [b, 1 + n, width]: class token and patches, with positions.
+    """image float [b, h, w, 3], normalised -> [b, 1 + n, width]: class token and patches, with learned positions.
 
     Fields:
-      positions: "learned" (for ``image_size`` only), "sincos" (fixed; zero for the class token) or "none". dead_rows: of the learned ones'
-        table, before the first that is read.
+      positions: whether there is a table of them. dead_rows: of the table, before the first that is read.
       with_mask: whether there is an embedding that stands for masked patches.
       tokens_init: what the class token and the mask's embedding are drawn from.
     """
     image_size: int
     patch: int
     width: int
-    positions: str = "learned"
+    positions: bool = True
     dead_rows: int = 0
     with_mask: bool = True
     tokens_init: Any = nn.initializers.normal(0.02)
@@ -64,7 +63,7 @@ class ImageEmbed(nn.Module):
         self.class_embed = token("class_embed")
         if self.with_mask:
             self.mask_embed = token("mask_embed")
-        if self.positions == "learned":
+        if self.positions:
             table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
             rows = (self.image_size // self.patch) ** 2 + 1 + self.dead_rows
             self.position_embed = self.param("position_embed", table, (rows, self.width), jnp.float32)
@@ -78,10 +77,7 @@ class ImageEmbed(nn.Module):
         if masked is not None:
             x = jnp.where(masked[..., None], self.mask_embed.astype(x.dtype), x)
         x = jnp.concatenate([jnp.broadcast_to(self.class_embed.astype(x.dtype), (len(x), 1, self.width)), x], 1)
-        if self.positions == "sincos":
-            side = self.image_size // self.patch
-            return x + jnp.pad(jnp.asarray(sincos_2d(side, side, self.width), x.dtype), ((1, 0), (0, 0)))
-        return x + self.position_embed[self.dead_rows:].astype(x.dtype) if self.positions == "learned" else x
+        return x + self.position_embed[self.dead_rows:].astype(x.dtype) if self.positions else x
 
 
 class ConvStem(nn.Module):
