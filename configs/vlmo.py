@@ -83,7 +83,8 @@ def scenes(name, init, trunk, model, loss, data=()):
                    momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
         data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32,
-                  microbatch=0, size=48, length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
+                  microbatch=0, size=48, length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8,
+                  bad_budget=0.01, **dict(data)),
         evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 1200}.get(name, 300), checkpoint=dict(every=500, keep=2))
 
 
