@@ -9,12 +9,12 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import data_pipeline, emoji, fusion_step, generate, models, paired, retrieval_cost, startup, train_step
+from benchmarks import data_pipeline, emoji, fusion_step, generate, models, multiway_step, paired, retrieval_cost, startup, train_step
 from vlm_jax.data.batch import validate
 from vlm_jax.stage import resolve
 
 COMMANDS = {"train_step": train_step, "data_pipeline": data_pipeline, "generate": generate, "startup": startup, "emoji": emoji,
-            "fusion_step": fusion_step}
+            "fusion_step": fusion_step, "multiway_step": multiway_step}
 
 
 # ---- turns and statistics ----------------------------------------------------------------------
@@ -169,6 +169,20 @@ def test_the_fusion_models_have_laviss_counts_and_its_work():
         assert stage.system.model.image.remat == stage.system.model.text.remat == "none"
         validate(batch)
         assert {name: batch[name].shape for name in stage.spec} == {name: x.shape for name, x in stage.spec.items()}
+
+
+def test_the_models_with_experts_have_their_published_counts_and_equal_batches():
+    for system, parameters in (("vlmo", 202_445_470), ("beit3", 270_211_082)):
+        stage, batch = resolve(multiway_step.our_config(system, 3, False), system), multiway_step.make_batch(system, 3, False)
+        assert stage.plan.count() == parameters
+        tower = stage.system.model.trunk if system == "vlmo" else stage.system.model.tower
+        assert tower.remat == "none" and not tower.drop_path
+        same = ("image", "text", "text_mask")
+        assert {name: batch[name].shape for name in same} == {name: stage.spec[name].shape for name in same}
+        assert (batch["masked_text"] != batch["text"]).sum() == batch["masked_at"].sum() > 0 and not (batch["masked_at"] & ~batch["text_mask"]).any()
+    assert (batch["masked_patches"].sum(1) == 75).all() and (batch["masked_at"].sum(1) == 32).all()
+    only = multiway_step.our_config("vlmo", 3, True, "itm")
+    assert set(only.loss.weights) == {"itm"}
 
 
 def test_a_caption_that_ends_early_is_an_error():

@@ -60,7 +60,8 @@ def evaluate(model: Any, kind: str, data: Any, *, train: Any = "", examples: int
             fitted["train_batches"] = model.stage.eval_batches(fitted["train_source"], batch, None)
     elif train:
         raise ConfigError(f"--train={train!r} has no use in {kind!r}; nearest: 'probe'")
-    model.ids("")     # without a tokenizer no batch can be made
+    if kind not in evals.WITHOUT_TEXTS:
+        model.ids("")     # says what is missing where there is no tokenizer
     return evals.run(kind, model.predict, model.stage.eval_batches(source, batch, examples or None, images, template), tokenizer=model.stage.replies,
                      source=source, **fitted, **options)
 

@@ -273,6 +273,7 @@ class Stage:
         options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v}
         if d.mixture and which == d.train:
             options["mixture"] = d.mixture
+        options |= {} if d.images else {"image": ""}
         source = configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
         own = list(getattr(source, "classes", None) or ()) if d.classes else []
         if own and own != list(d.classes):
@@ -552,10 +553,11 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
         record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
-            if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
-                rules.append((positions, source, how))
         adopted = adoption(stage, folder, rule)
+        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
+            held = [path for path in stage.plan.shapes if re.fullmatch(positions, path)]
+            if any(adopted is None or any(re.fullmatch(target, path) for target, *_ in adopted) for path in held):
+                rules.append((positions, source, how))
         if adopted is None:
             rules.append((NO_ADAPTER, source, "copy"))
         else:      # a rule for a part that this model lacks says nothing

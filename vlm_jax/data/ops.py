@@ -232,8 +232,30 @@ def rand_augment(image, rng, n: int, m: float, p: float = 0.5):
     return image
 
 
+# ---- erasing
+
+def random_erasing(image, rng, p: float = 0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), mean: float = 0.5, std: float = 0.5):
+    """With probability ``p`` noise in a rectangle of ``area`` of the image and ``ratio`` height:width (arXiv 1708.04896, in timm's mode "pixel"): each
+    value by itself from N(mean, std), of 1 = white, cut to what a pixel can be."""
+    if rng.random() >= p:
+        return image
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target = rng.uniform(*area) * image.width * image.height
+        aspect = math.exp(rng.uniform(low, high))
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w < image.width and 0 < h < image.height:
+            left, top = int(rng.integers(0, image.width - w + 1)), int(rng.integers(0, image.height - h + 1))
+            noise = (255 * (mean + std * rng.standard_normal((h, w, 3)))).clip(0, 255).astype(np.uint8)
+            image = _rgb(image).copy()
+            image.paste(Image.fromarray(noise), (left, top))
+            break
+    return image
+
+
 OPS: Mapping[str, Callable] = {f.__name__: f for f in (
-    resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment)}
+    resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment,
+    random_erasing)}
 
 FIXED = ("resize", "squash", "center_crop", "pad")
 

@@ -91,7 +91,8 @@ class _Reader:
             bounds = np.cumsum(np.ones(len(texts)) if weights is None else weights)
             return texts[min(int(np.searchsorted(bounds, rng.random() * bounds[-1], "right")), len(texts) - 1)]
 
-        sample = self.source[index]
+        texts_alone = not (self.rows.images or self.rows.answers or self.rows.classes) and self.writer.layout.name == "plain"
+        sample = {"key": key_of(self.source, index), "text": read_text(self.source, index)} if texts_alone else self.source[index]
         said = self.writer.say(sample, self.clean, choose, rng, self.training)
         pictures = self.rows.pictures(sample)
         self.rows.check(sample, self.training)
@@ -309,14 +310,14 @@ class EvalBatches(_Batches):
         return batch, meta
 
 
-def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
+def eval_batches(source: Any, tokenizer: Tokenizer | None, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
                  limit: int | None = None, threads: int = 2, prefetch: int = 2, bad_budget: float = 0.01,
                  quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN, layout: Layout = PLAIN_TEXT,
                  instruction_tokenizer: Tokenizer | None = None) -> EvalBatches:
     """Every sample once (the first ``limit``), in index order: an iterator of (batch, meta).
 
     ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are
-    counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption. ``meta``
+    counted, not replaced (such rows are zero images and empty texts). ``text`` holds the first caption (there is none without a tokenizer). ``meta``
     has one entry per True row, in order: {"key", "captions" (all of them, as they are read), "label" (None without), "index"}, and where the
     sample has them "answers" (as given, with repeats), "kind" (of question), "question_id" and "choices". ``rows``: what batches hold beside image and
     text; a sample without answers or label has weights of 0 and -1. ``layout``: how text lies in them; "captions" are then the replies, "question"
@@ -347,7 +348,7 @@ def eval_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, le
                 captions = [said[row].reply] if sample.get("prompt") is None and sample.get("answers") or not captions else captions
                 own = {"question": said[row].prompt, "answers": captions}
             meta.append({"key": sample["key"], "captions": captions, "label": sample.get("label"), "index": index, **own, **told(sample)})
-        return ({**reader.images(image, indices), **writer.arrays(said, training=False), "caption_id": ids[0], "image_id": ids[1],
+        return ({**reader.images(image, indices), **(writer.arrays(said, training=False) if tokenizer is not None else {}), "caption_id": ids[0], "image_id": ids[1],
                  "mask": mask, **reader.rows.arrays(samples, writer.replies)}, meta, len(indices), offences)
 
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)

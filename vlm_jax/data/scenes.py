@@ -106,17 +106,22 @@ class Scenes:
             if is_false(scene, text):
                 return text, "other"
 
+    def _texts(self, i: int, scene: Scene) -> list[str]:
+        if self.split in TRAINING or self.noise:
+            return [self.caption(i, scene)[0]]
+        return [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
+
+    def read_text(self, i: int) -> list[str]:
+        """The captions of sample `i`, without its picture."""
+        return self._texts(i, self.scene(i))
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene = self.scene(i)
         sample: dict[str, Any] = {"key": self.key(i), "image": render(scene, self.size)}
         sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
-        if self.split in TRAINING or self.noise:
-            text, wrong = self.caption(i, scene)
-            sample["text"] = [text]
-            if self.noise:
-                sample["json"]["noise"] = wrong
-        else:
-            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
+        sample["text"] = self._texts(i, scene)
+        if self.noise:
+            sample["json"]["noise"] = self.caption(i, scene)[1]
         if self.split == "objects":
             sample["label"] = class_of(scene)
         if "boxes" in self.views:
@@ -159,6 +164,9 @@ class SceneTasks(Scenes):
         if self.task == "vqa":
             return scene_tasks.question(scene).question, ""
         return (scene_tasks.statement(scene)[0] if self.task == "entailment" else self.pair(i).statement), ""
+
+    def _texts(self, i: int, scene: Scene) -> list[str]:
+        return [self.caption(i, scene)[0]]
 
     def pair(self, i: int) -> scene_tasks.Pair:
         return scene_tasks.pair(self.split, i, self.count)

@@ -56,12 +56,12 @@ class TableSource(RecordSource):
             beside = sorted(os.listdir(folder))[:20] if os.path.isdir(folder) else []
             raise FileNotFoundError(f"no file {path}{nearest(os.path.basename(path), beside) if beside else ''}")
         columns = self._open()
-        self.image = image or usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0]
+        self.image = usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0] if image is None else image
         known = {"label": usual(LABEL_NAMES, columns) if classes else None, "answer": usual(ANSWER_NAMES, columns)}
         label, answer = (said or (f"json:{known[name]}" if known[name] else None) for name, said in (("label", label), ("answer", answer)))
         super().__init__(f"{scheme}:{path}", caption or f"json:{usual(CAPTION_NAMES, columns) or CAPTION_NAMES[0]}", label, classes, answer)
         for name in [self.image, *(field.path.split("/")[0] for field in self.fields())]:
-            if columns and name not in columns:
+            if columns and name and name not in columns:
                 raise ValueError(f"{self.name} has no column {name!r}{nearest(name, columns)}")
 
     def _open(self) -> list[str]:
@@ -217,7 +217,7 @@ class TfdsSource(RecordSource):
         builder_name, _, split = name.partition(":")
         builder = tfds.builder(builder_name, data_dir=data_dir)
         features = builder.info.features
-        if image not in features:
+        if image and image not in features:
             raise ValueError(f"tfds:{builder_name} has no feature {image!r}{nearest(image, features)}")
         if label is None and "label" in features:
             label = "json:label"
@@ -233,7 +233,7 @@ class TfdsSource(RecordSource):
         super().__init__(f"tfds:{name}", caption, label, classes, answer)
         self.image, self._release = image, f"{builder.info.full_name}:{split or 'train'}"
         self._rows = builder.as_data_source(split=split or "train",
-                                            decoders={image: tfds.decode.SkipDecoding()})
+                                            decoders={image: tfds.decode.SkipDecoding()} if image else None)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -247,10 +247,10 @@ class TfdsSource(RecordSource):
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
         row = dict(self._rows[i])
-        image = row.pop(self.image)
+        image = row.pop(self.image, None)
         if self._classes and self.label and "class_name" not in row:
             row["class_name"] = self._classes[int(row[self.label.path])].replace("_", " ")
-        return {"json": row, "image": image if isinstance(image, (bytes, np.ndarray)) else bytes(image)}
+        return {"json": row, "image": image if image is None or isinstance(image, (bytes, np.ndarray)) else bytes(image)}
 
 
 class Mixture:
@@ -358,7 +358,7 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
-    stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);
+    stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image, "" where none is to be looked for);
     tfds: ``data_dir``. Options that are None are left to the source.
 
     Raises ValueError for an unknown scheme or option (naming the nearest), FileNotFoundError for a missing file.
@@ -398,6 +398,8 @@ def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     kind = {"folder": FolderSource, "tars": TarSource, "parquet": ParquetSource, "jsonl": JsonlSource, "csv": CsvSource,
             "tfds": TfdsSource, "published": PublishedSource}[scheme]
     valid = list(inspect.signature(kind).parameters)[1:]
+    if options.get("image") == "" and "image" not in valid:
+        options = {k: v for k, v in options.items() if k != "image"}
     for name in options:
         if name not in valid:
             raise ValueError(f"{scheme}: sources have no option {name!r}{nearest(name, valid)}")
