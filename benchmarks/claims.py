@@ -5,10 +5,10 @@
     python -m benchmarks.claims momentum_clipart --data=DIR      # tars of real pairs: DIR/train-*.tar, DIR/val-*.tar
 
 Every variant runs with every seed in a work directory of its own, WORKDIR/NAME/VARIANT/SEED. The same command again goes on where it
-was stopped, and runs nothing twice. Runs of one seed see the same data in the same order and start from the same weights (as far as the
-variants share them), so that differences are taken seed by seed: their mean has a paired interval, Student's t over the seeds. Above zero
-the claim holds here, below zero it is reversed, across zero it is open. WORKDIR/NAME/claim.json keeps everything,
-claim.md the rows for docs/results.md.
+was stopped, and runs nothing twice, nor what another claim in WORKDIR has run. Runs of one seed see the same data in the same order and
+start from the same weights (as far as the variants share them), so that differences are taken seed by seed: their mean has a paired
+interval, Student's t over the seeds. Above zero the claim holds here, below zero it is reversed, across zero it is open.
+WORKDIR/NAME/claim.json keeps everything, claim.md the rows for docs/results.md.
 
 A run is to take at most 90 s on 2 cores: what needs a large model or much data to be seen will not be seen here.
 """
@@ -46,17 +46,18 @@ Scores = Mapping[str, Mapping[int, Mapping[str, float]]]      # variant -> seed 
 class Claim:
     """What a paper says, and the runs that look at it.
 
-    config: as for ``--config``. shared, variants: keys of it as on the command line ("stages.pretrain.loss.alpha") and their values;
+    config: as for ``--config``, or by variant. shared, variants: keys of it as on the command line ("stages.pretrain.loss.alpha") and their values;
     what ``shared`` says holds for all variants. differences: what is compared, the side that the claim puts higher
     first. shown: scores to print beside those, of every variant. stage: as for ``--stage``.
 
     prepare: makes what the variants of a seed train on, called as prepare(folder, seed, train, data); the same call again goes on where it was
     stopped. It returns scores, which stand beside those of the variants as "made", or None where a signal stopped it. made: those to print.
+    together: the name of its folder where several claims use what it makes, "" for one of the claim's own.
     In values, "{made}" is its folder, "{seed}" the seed, and "{data}" what the command line names by ``--data``.
     """
     sentence: str
     paper: str
-    config: str
+    config: str | Mapping[str, str]
     variants: Mapping[str, Mapping[str, Any]]
     differences: Mapping[str, tuple[Score, Score]]
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,6 +65,10 @@ class Claim:
     stage: str = ""
     prepare: Callable[..., Mapping[str, float] | None] | None = None
     made: Sequence[str] = ()
+    together: str = ""
+
+    def config_of(self, variant: str) -> str:
+        return self.config if isinstance(self.config, str) else self.config[variant]
 
     def scores(self) -> dict[str, list[str]]:
         """The scores to print, by variant."""
@@ -105,6 +110,76 @@ BLIP_SHORT = stage(**SINGLES, steps=200, **{"loss.queue": 128, "loss.momentum": 
 HUMAN = {key: value for name in ("caption", "retrieval") for key, value in stage(name, **{
     **SINGLES, "data.train": "tars:{made}/human/*.tar", "steps": 80, "evals": {},
     **({"loss.queue": 128, "loss.momentum": 0.95} if name == "retrieval" else {})}).items()}
+
+# A transformer of three layers over 17 tokens of an image and 22 of a text, the top layer fused. What is compared learns at one rate.
+VLMO, BEIT3 = "configs/vlmo.py", "configs/beit3.py:targets=colours"
+MATRICES = {"optim.name": "muon", "optim.lr": 2e-3, "optim.muon_lr": 0.02,
+            "optim.muon_exclude": (r".*_head/.*|pooler/.*|lm_.*|(.*/)?table|.*_embed|position_bias/.*",)}
+TOWER = {"data.size": 32, **MATRICES, **{f"model.trunk.{k}": v for k, v in dict(
+    patch=8, width=96, layers=3, heads=3, mlp_dim=288, fused=1, reach=48, layer_scale=0.0).items()}}
+# Tokens that go through the transformer in a joint step of 24 pairs: each side alone, its top layer twice, and four times both
+FUSED_STEPS, FUSED_TOKENS = 400, 24 * ((17 + 22) * 4 // 3 + 4 * (17 + 22))
+
+
+def fused(steps: int = FUSED_STEPS, **fields: Any) -> dict[str, Any]:
+    """VLMo's last stage, of pairs."""
+    return stage("joint", **SMALL, **TOWER, steps=steps, evals=evals(**RERANK), **fields)
+
+
+def before(name: str, tokens: int, share: float) -> dict[str, Any]:
+    """A stage of images or texts alone, 96 of ``tokens`` in a step, that takes ``share`` of the tokens of ``FUSED_STEPS``."""
+    return stage(name, **{**SMALL, "data.batch": 96}, **TOWER, steps=round(share * FUSED_STEPS * FUSED_TOKENS / (96 * tokens)))
+
+
+FUSED = {"stage_order": ("joint",), **fused(init=())}
+SHOWN_OF_FUSED = ("rerank/text_to_image/R@10/dual_encoder", "rerank/text_to_image/reachable")
+
+
+def of_fused(ours: str, theirs: str) -> dict[str, tuple[Score, Score]]:
+    """Retrieval of two variants, by the dual encoder and re-ranked by the fusion encoder."""
+    return {f"{what}, {how}": ((ours, f"rerank/{score}{tail}"), (theirs, f"rerank/{score}{tail}"))
+            for how, tail in (("dual encoder", "/dual_encoder"), ("re-ranked", "")) for what, score in RECALL.items()}
+
+
+# The same three layers and shared attention; a third of the rows are images alone, a third texts, a third pairs
+MASKED_TOWER = {"data.size": 32, **MATRICES, **{f"model.tower.{k}": v for k, v in dict(
+    patch=8, width=96, layers=3, heads=3, mlp_dim=288, attention="shared", joint_layers=1, sub_norm=False).items()}}
+MASKED = {"stage_order": ("pretrain", "itc"),
+          **stage(**{**SMALL, "data.batch": 96}, **MASKED_TOWER, **{"loss.image_masked": 6}, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 32 * 2 * (17 + 22))),
+          **stage("itc", **{**SMALL, "data.batch": 48}, **MASKED_TOWER, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 48 * (17 + 22)),
+                  evals=evals(retrieval=dict(options=dict(captions="first"))))}
+
+# BLIP-2: pairs as many and as small; an eye, a language model and the first stage are made first, once for a seed. What is learnt in 300 steps of a
+# frozen language model is learnt by Muon.
+BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
+BRIDGE = {**SMALL, "data.batch": 32, "data.size": 32, "data.length": 24}
+FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 300, 300, 300
+EYE, LANGUAGE, FIRST, SECOND = (f"{{made}}/{{seed}}/{i + 1}_{name}" for i, name in enumerate(("eye", "language", "pretrain", "generate")))
+IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
+SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, evals={}),
+        **stage("generate", **BRIDGE, steps=SECOND_STEPS, evals=evals(caption={}), init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), **{"data.prompt_length": 4})}
+TOWERS = {**SEEN, **stage("eye", **BRIDGE, steps=400, evals=evals(caption={})), **stage("language", steps=300),
+          **stage("pretrain", evals=evals(retrieval=dict(options=dict(captions="first")), caption={}))}
+WRITTEN = {"exact captions": "caption/facts/exact", "CIDEr-D": "caption/CIDEr-D"}
+QUERIES = (2, 8, 32)
+LANGUAGE_STILL = (r"(?!language/).*",)
+TYPES, NEW_TYPES = "count+colour+relation+existence", "comparison"
+REPLIES = {"data.eval": f"scenes:test/{TYPES}", "data.size": 32, "data.batch": 32, "data.prompt_length": 40, "data.length": 24, "checkpoint.every": 10_000}
+READ = {**stage("instruct", **REPLIES, steps=INSTRUCT_STEPS, init=((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{FIRST}:", "copy"), SECOND),
+                evals={name: dict(section, examples=400, batch=100) for name, section in dict(
+                    questions=dict(kind="vqa", data=f"scenes:test/{TYPES}", options=dict(method="generate", beams=1)),
+                    held_out=dict(kind="vqa", data=f"scenes:test/{NEW_TYPES}", options=dict(method="generate", beams=1)),
+                    choice=dict(kind="choice", data="scenes:test/choice"), caption=dict(kind="caption", data="scenes:test/caption")).items()},
+                **{"data.instruction_length": 40, "data.train": f"scenes:train/caption+detail+{TYPES}+vqg"}), "stage_order": ("instruct",)}
+BLIND = stage("instruct", init=SECOND, **{"model.instruction_tokens": {}, "data.instruction_tokenizer": "", "data.instruction_length": 0})
+SIZES = {"caption": 100_000, "colour": 10_000, "count": 2000, "existence": 600, "relation": 200}      # of a mixture's sources
+
+
+def replied(ours: str, theirs: str) -> dict[str, tuple[Score, Score]]:
+    """Replies of two variants, to instructions of the kinds that were trained on and of others."""
+    return {what: ((ours, score), (theirs, score)) for what, score in {
+        "questions": "questions/accuracy", "captions": "caption/facts/exact", "comparisons, held out": "held_out/accuracy", "choice, held out": "choice/accuracy"}.items()}
+
 
 # ---- data that claims make first
 
@@ -236,6 +311,25 @@ def near_emoji(made: pathlib.Path, seed: int, train: Callable[..., Any], data: s
     return {**sizes, **start.scores}
 
 
+def bridge(made: pathlib.Path, seed: int, train: Callable[..., Any], data: str = "", last: str = "pretrain") -> dict[str, float] | None:
+    """An eye (made/SEED/1_eye), a language model and BLIP-2's stages up to ``last``. Scores: what the eye's own decoder and the first stage write."""
+    found = {}
+    config = set_fields(configs.from_file(BLIP2), {**TOWERS, "stages.generate.init": (("language/.*", "@language:", "copy"), NEW_PROJECTION, "@pretrain")},
+                        seed, {"seed": seed, "made": made}, BLIP2)
+    for name in config.stage_order[:config.stage_order.index(last) + 1]:
+        run = train(config, made / str(seed), stage=name)
+        if not run.done:
+            return None
+        found |= {f"{name}/{score}": value for score, value in run.scores.items()}
+    return found
+
+
+def spoken(made: pathlib.Path, seed: int, train: Callable[..., Any], data: str = "") -> dict[str, float] | None:
+    return bridge(made, seed, train, data, "generate")
+
+
+MADE_FIRST = ("eye/caption/facts/exact", "pretrain/retrieval/text_to_image/R@1", "pretrain/caption/facts/exact")
+
 # ---- the claims
 
 CLAIMS: dict[str, Claim] = {
@@ -293,6 +387,68 @@ CLAIMS: dict[str, Claim] = {
         paper="CLIP (arXiv 2103.00020), section 3; WiSE-FT (arXiv 2109.01903)", config=CLIP, prepare=near_emoji, stage="finetune",
         made=("pairs few", "pairs unseen"), shared={**FEW, **stage("finetune", evals=NAMED)},
         variants={"finetuned": {}, "scratch": FRESH}, differences=of_finetuned("finetuned", "scratch")),
+
+
+    "stagewise": Claim(
+        sentence="Images alone, then texts alone, then pairs teach more than pairs from the start, at as many tokens through the transformer.",
+        paper="VLMo (arXiv 2111.02358), sections 3.4 and 4.4", config=VLMO,
+        variants={"staged": {"stage_order": ("vision", "language", "joint"), **before("vision", 17, 0.16), **before("language", 22, 0.16),
+                             **fused(round(0.68 * FUSED_STEPS))},
+                  "joint": FUSED},
+        differences=of_fused("staged", "joint"), shown=SHOWN_OF_FUSED),
+    "shared_attention": Claim(
+        sentence="Attention that all modalities share teaches more than attention of each one's own.",
+        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        variants={"shared": {}, "separate": stage("joint", **{"model.trunk.attention": "split"})},
+        differences=of_fused("shared", "separate"), shown=SHOWN_OF_FUSED),
+    "global_negatives": Claim(
+        sentence="Matching learns more from hard negatives of the whole batch than from those of six groups, as where each device has four pairs.",
+        paper="VLMo (arXiv 2111.02358), sections 3.3 and 4.4", config=VLMO, shared=FUSED,
+        variants={"global": {}, "local": stage("joint", **{"loss.group": 4})},
+        differences=of_fused("global", "local"), shown=SHOWN_OF_FUSED),
+    "experts": Claim(
+        sentence="Feed-forward experts by modality teach more than one feed-forward part for all, at the same work for each token.",
+        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        variants={"experts": {}, "one": stage("joint", **{"model.trunk.feed_forward": "shared"})},
+        differences=of_fused("experts", "one"), shown=SHOWN_OF_FUSED),
+    "masked_then_contrast": Claim(
+        sentence="Masked modelling alone and then contrast teach more than contrast, matching and masked words together, at as many tokens.",
+        paper="BEiT-3 (arXiv 2208.10442), sections 2.2 and 3.2", config={"masked": BEIT3, "together": VLMO},
+        variants={"masked": MASKED, "together": FUSED},
+        differences={what: (("masked", f"retrieval/{score}"), ("together", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},
+        shown=()),
+    "stage1": Claim(
+        sentence="Queries that first learn beside the eye alone then teach a frozen language model more than queries that start with it, at as many pairs.",
+        paper="BLIP-2 (arXiv 2301.12597), section 4.1 and figure 5", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
+        shared={**SEEN, "stage_order": ("generate",)},
+        variants={"stage1": {}, "none": stage("generate", steps=FIRST_STEPS + SECOND_STEPS, init=(IMAGE_RULE, LANGUAGE_RULE, (".*", "fresh", "copy")))},
+        differences={what: (("stage1", score), ("none", score)) for what, score in WRITTEN.items()}),
+    "queries": Claim(
+        sentence="More queries tell the language model more of an image.",
+        paper="BLIP-2 (arXiv 2301.12597), section 3.1, which has 32", config=BLIP2, prepare=bridge, together="bridge",
+        shared={**SEEN, "stage_order": ("pretrain", "generate"), **stage("pretrain", init=(IMAGE_RULE,)),
+                **stage("generate", init=(LANGUAGE_RULE, NEW_PROJECTION, "@pretrain"))},
+        variants={str(count): {**stage("pretrain", **{"model.qformer.queries": count}), **stage("generate", **{"model.qformer.queries": count})} for count in QUERIES},
+        differences={f"{what}, {a} queries against {b}": ((str(a), score), (str(b), score))
+                     for b, a in zip(QUERIES, QUERIES[1:], strict=False) for what, score in WRITTEN.items()}),
+    "trainable": Claim(
+        sentence="With eye and language model frozen the queries learn as much as where all weights train.",
+        paper="BLIP-2 (arXiv 2301.12597), section 4.1 and table 2", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
+        shared={**SEEN, "stage_order": ("generate",)},
+        variants={"frozen": {}, "language frozen": stage("generate", trainable=LANGUAGE_STILL), "full": stage("generate", trainable=(".*",))},
+        differences={f"{what}, against {other}": (("frozen", score), (other, score)) for other in ("language frozen", "full") for what, score in WRITTEN.items()}),
+    "instruction_aware": Claim(
+        sentence="Queries that read the instruction give better replies than queries that see the image alone.",
+        paper="InstructBLIP (arXiv 2305.06500), section 2.3 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge", shared=READ,
+        made=("generate/caption/facts/exact",), variants={"aware": {}, "blind": BLIND}, differences=replied("aware", "blind"),
+        shown=("questions/accuracy/most_frequent", "held_out/accuracy/most_frequent")),
+    "sampling": Claim(
+        sentence="Shares by the roots of sizes teach more than equal shares and than shares by sizes.",
+        paper="InstructBLIP (arXiv 2305.06500), section 2.4 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge",
+        made=("generate/caption/facts/exact",),
+        shared={**READ, **stage("instruct", **{"data.train": ";".join(f"scenes:train/{task}:{size}" for task, size in SIZES.items())})},
+        variants={rule: stage("instruct", **{"data.mixture": rule}) for rule in ("sqrt", "uniform", "proportional")},
+        differences={f"{what}, against {other}": sides for other in ("uniform", "proportional") for what, sides in replied("sqrt", other).items()}),
 }
 
 
@@ -302,6 +458,8 @@ def placed(value: Any, places: Mapping[str, Any]) -> Any:
     """A value with "{made}", "{seed}" and "{data}" filled in. Raises ConfigError where ``--data`` is missing."""
     if isinstance(value, Mapping):
         return {key: placed(each, places) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(placed(each, places) for each in value)
     if not isinstance(value, str):
         return value
     if "{data}" in value and not places.get("data"):
@@ -329,14 +487,25 @@ def set_fields(config: Any, fields: Mapping[str, Any], seed: int, places: Mappin
 
 def variant_config(claim: Claim, variant: str, seed: int, **places: Any) -> Any:
     """The config of one run."""
-    return set_fields(configs.from_file(claim.config), {**claim.shared, **claim.variants[variant]}, seed, {"seed": seed, **places}, claim.config)
+    name = claim.config_of(variant)
+    return set_fields(configs.from_file(name), {**claim.shared, **claim.variants[variant]}, seed, {"seed": seed, **places}, name)
+
+
+def finished(record: pathlib.Path, plain: Any, runs: pathlib.Path | None) -> dict[str, Any] | None:
+    """What a run of the config ``plain`` left: its own record, or one of the same seed among other claims' (``runs``)."""
+    others = () if runs is None else sorted(runs.glob(f"*/*/{record.parent.name}/{record.name}"))
+    for path in (record, *others):
+        if path.exists() and (done := json.loads(path.read_text()))["config"] == plain:
+            return done
+    return None
 
 
 def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Callable[..., Any],
-            data: str = "") -> tuple[Scores, dict[str, float]] | None:
-    """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``."""
+            data: str = "", runs: pathlib.Path | None = None) -> tuple[Scores, dict[str, float]] | None:
+    """Prepares and runs what is not done: (scores, seconds of each run), None where a signal stopped a run. ``train``: ``vlm_jax.train``.
+    ``runs``: the folder of all claims, whose runs of the same config and seed are not run again."""
     scores: dict[str, dict[int, Mapping[str, float]]] = {variant: {} for variant in claim.scores()}
-    seconds, made = {}, folder / MADE
+    seconds, made = {}, folder.parent / claim.together if claim.together else folder / MADE
     for seed in seeds:      # all variants of a seed before the next one: an early look compares like with like
         if claim.prepare:
             found = claim.prepare(made, seed, train, data)
@@ -346,13 +515,14 @@ def measure(claim: Claim, folder: pathlib.Path, seeds: Sequence[int], train: Cal
         for variant in claim.variants:
             config, workdir = variant_config(claim, variant, seed, made=made, data=data), folder / variant / str(seed)
             plain, record = json.loads(configs.to_json(config)), workdir / "run.json"
-            done = json.loads(record.read_text()) if record.exists() else {}
-            if done.get("config") != plain:
+            done = finished(record, plain, runs)
+            if done is None:
                 print(f"{folder.name}: {variant}, seed {seed}", file=sys.stderr, flush=True)
                 run = train(config, workdir, stage=claim.stage)
                 if not run.done:
                     return None
-                done = {"config": plain, "scores": run.scores, "seconds": json.loads((run.folder / "DONE").read_text())["seconds"]}
+                stages = [json.loads(path.read_text()) for path in workdir.glob("*/DONE")]
+                done = {"config": plain, "scores": run.scores, "seconds": sum(stage["seconds"] for stage in stages)}
                 record.write_text(json.dumps(done, indent=1))
             for name in claim.scores()[variant]:
                 if name not in done["scores"]:
@@ -436,7 +606,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list:
         for name, claim in CLAIMS.items():
-            print(f"{name}\n    {claim.sentence}\n    {claim.paper}; {claim.config}: {', '.join(claim.variants)}; {len(claim.variants) * len(SEEDS)} runs")
+            of = ", ".join(f"{variant} of {claim.config_of(variant)}" for variant in claim.variants)
+            print(f"{name}\n    {claim.sentence}\n    {claim.paper}; {of}; {len(claim.variants) * len(SEEDS)} runs")
         return EXIT_DONE
     try:
         if args.name not in CLAIMS:
@@ -447,7 +618,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--seeds={args.seeds!r} is no list of numbers; nearest: 0,1,2") from None
         from vlm_jax import train  # imports a framework
         folder = pathlib.Path(args.workdir) / args.name
-        measured = measure(CLAIMS[args.name], folder, seeds, train, args.data)
+        measured = measure(CLAIMS[args.name], folder, seeds, train, args.data, folder.parent)
         if measured is None:
             print("stopped; the same command resumes", file=sys.stderr)
             return EXIT_PREEMPTED

@@ -1,8 +1,8 @@
 """BEiT-3: image as a foreign language (arXiv 2208.10442).
 
 python -m vlm_jax.main --config=configs/beit3.py
-    The embedded preset on procedural scenes (its four stages have only run in short, 20 steps each): a small CLIP, the VQ-KD tokenizer of images that learns from it
-    (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
+    The embedded preset on procedural scenes (its four stages have only run in short, 20 steps each): a small CLIP, the VQ-KD tokenizer of images that
+    learns from it (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
     told as bins of their mean colour.
 python -m vlm_jax.main --config=configs/beit3.py --stage=vqa
     What it is tuned to from there: retrieval, vqa, nlvr, caption.
@@ -53,12 +53,6 @@ def fresh(heads, origin="@pretrain"):
     return ((heads, "fresh", "copy"), origin)
 
 
-def told_by(origin):
-    """A frozen tokenizer of images, taken over from a stage or a directory of VQ-KD."""
-    return (("tokenizer/table", f"{origin}:codebook/table", "copy"), ("tokenizer/encoder/position_embed", f"{origin}:encoder/position_embed", "resize_positions_border"),
-            ("tokenizer/(.*)", rf"{origin}:\1", "copy"))
-
-
 def scenes(res, tokenizer=None):
     data = dict(train="scenes:train", eval="scenes:test", batch=96, microbatch=0, size=res, length=32, tokenizer="scenes", augment="squash",
                 eval_augment="squash",
@@ -80,7 +74,7 @@ def scenes(res, tokenizer=None):
 
     loss = dict(weights=MASKED, image_masked=14, mask_min_cells=3)
     told = {} if tokenizer is None else dict(
-        model=dict(model, targets=dict(kind="vqkd", **{k: tokenizer[k] for k in ("encoder", "codes", "code_width")})), init=told_by("@tokenizer"), trainable=(FROZEN,))
+        model=dict(model, targets=dict(kind="vqkd", **{k: tokenizer[k] for k in ("encoder", "codes", "code_width")})), init="@tokenizer", trainable=(FROZEN,))
     return dict(
         pretrain=c.stage(**{**start, **told}, loss=loss, steps=800),
         itc=tuned(300, loss=dict(weights=dict(itc=1.0)), origin=fresh(CONTRAST), evals=retrieved),
@@ -119,7 +113,7 @@ def pretrain(size, res, tokenizer):
     patch = 14 if size == "giant" else 16
     targets = dict(VQKD, encoder=dict(VQKD["encoder"], patch=patch))
     return c.stage(
-        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,), init=told_by(tokenizer or "@tokenizer"),
+        system="beit3", model=model_of(size, 0.1, targets=targets), trainable=(FROZEN,), init=tokenizer or "@tokenizer",
         loss=dict(weights=MASKED, streams=dict(image=1, text=1, pair=1), image_masked=round(75 / 196 * (res // patch) ** 2), pair_masks="both"),
         optim=adamw(1e-3, 10_000, 0.05, b2=0.98, eps=1e-6, clip_norm=3.0, end_lr=0.0),
         data=dict(data_of(6144, res), augment="random_resized_crop(scale=0.5..1)|flip|color_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0, p=1)"),
@@ -137,7 +131,7 @@ def itc(size, res, start):
 
 def tasks(size, res, start):
     """beit3/README.md and get_started/*.md: AdamW, cosine to 1e-6; ``layer_decay`` ^ (layers + 1 - i) of the rate in layer i. From the plain or the
-    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones. ImageNet's mixup, cutmix, random erasing and smoothing are left out."""
+    "indomain" weights (NLVR2: 5e-4 and 1e-4 from these), retrieval from "itc" ones."""
     large, pretrained = size == "large", start or "@pretrain"
 
     def pick(base, other):
@@ -161,6 +155,7 @@ def tasks(size, res, start):
                       dict(weights=dict(cap=1.0), caption_share=0.7, label_smoothing=0.1, drop_worst=0.2, drop_worst_after=12_000), pretrained,
                       data=dict(length=32, augment=CROPS + RANDAUG), evals=dict(kind="caption", options=BEAMS)),
         classes=stage("classify", 224, 1024, 50, adamw(pick(7e-4, 2e-4), "5epochs", 0.05, layer_decay=pick(0.65, 0.8)), pick(0.15, 0.25),
-                      dict(weights=dict(cls=1.0)), fresh(CLASSES, pretrained),
-                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)", eval_augment="resize|center_crop"),
+                      dict(weights=dict(cls=1.0), mixup=0.8, cutmix=1.0, label_smoothing=0.1), fresh(CLASSES, pretrained),
+                      data=dict(augment="random_resized_crop(scale=0.08..1)|flip|rand_augment(n=2, m=9)|random_erasing(p=0.25, mean=0.449, std=0.226)",
+                                eval_augment="resize|center_crop"),
                       evals=dict(kind="classify"), trainable=(IMAGES_ALONE,), classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD))

@@ -2,11 +2,13 @@
 
 python -m vlm_jax.main --config=configs/vlmo.py
     The embedded preset: images alone, texts alone, both together, on procedural scenes. It has not been run to its end yet: no scores.
+    What was tried on the way to its rates: docs/results.md.
 python -m vlm_jax.main --config=configs/vlmo.py:base,vision=BEIT --config.stages.language.data.train=... --config.stages.joint.data.train=... \\
     --config.stages.language.data.tokenizer=bert:vocab.txt --config.stages.joint.data.tokenizer=bert:vocab.txt
     The paper's sizes (base, base_plus, large) and recipe. BEIT: a directory imported with --release=beit; without it the first stage is trained
-    here, on colours of patches. ":base,language=DIR" goes on from an imported *_stage2.pt, ":base,joint=DIR" with the
-    stages below from a pre-trained one (--release=vlmo).
+    here: ":base,tokenizer=DIR" tells masked patches as the codes of a VQ-KD tokenizer, trained (configs/vqkd.py:base) or imported (--release=vqkd), ":base"
+    alone as colours, a stand-in. The stage of texts looks for no images: its data may have none.
+    ":base,language=DIR" goes on from an imported *_stage2.pt, ":base,joint=DIR" with the stages below from a pre-trained one (--release=vlmo).
 python -m vlm_jax.main --config=configs/vlmo.py:base,joint=DIR --stage=retrieval --config.stages.retrieval.data.train=...
     Image-text retrieval (retrieval), questions (vqa: --config.stages.vqa.model.answers=FILE, one a line), statements about two images (nlvr).
 """
@@ -15,6 +17,8 @@ import itertools
 
 from vlm_jax import config as c
 
+FROZEN = r"(?!tokenizer/).*"
+VQKD = dict(kind="vqkd", encoder=dict(variant="beit_b16"), codes=8192, code_width=32)
 AUGMENT = "random_resized_crop(scale=0.5..1)|flip|rand_augment(n=2, m=7)"
 STATEMENT = ("False", "True")
 JOINT_HEADS = ("pooler", "mlm", "itm", "itc", "itc_vl")
@@ -38,20 +42,21 @@ RECIPE = {"base": (2e-4, 64, (3e-5, 0.2), (3e-5, 0.15), (5e-5, 0.1)), "base_plus
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *RECIPE), res=0, vision="", language="", joint="")
+    args = c.parse_arg(arg, size=("scenes", *RECIPE), res=0, tokenizer="", vision="", language="", joint="")
     given = {name: args[name] for name in ("vision", "language", "joint")}
     start = {name: found or f"@{name}" for name, found in given.items()}
     last = max((i for i, found in enumerate(given.values()) if found), default=-1)
     order = tuple(given)[last + 1:] or ("retrieval",)
     build = scenes if args.size == "scenes" else paper(args.size, args.res)
-    return c.stages(order, **{name: build(name, init, **sections) for name, init, sections in stages(start)})
+    return c.stages(order, **{name: build(name, init, **sections) for name, init, sections in stages(start, args.tokenizer)})
 
 
-def stages(start):
+def stages(start, tokenizer):
     """(name, init, what is the same in all sizes) of each stage."""
-    yield "vision", (), dict(trunk=dict(experts=("image",)), model=dict(heads=("mim",), codes=512), loss=dict(weights=dict(mim=1.0), targets="colours"))
+    yield "vision", tokenizer or (), dict(trunk=dict(experts=("image",)), model=dict(heads=("mim",), targets=VQKD if tokenizer else dict(kind="colours")),
+                                          loss=dict(weights=dict(mim=1.0)))
     yield "language", ((TEXT_PARTS, "fresh", "copy"), start["vision"]), dict(
-        trunk=dict(experts=ALONE), model=dict(heads=("mlm",), pieces=()), loss=dict(weights=dict(textmlm=1.0)))
+        trunk=dict(experts=ALONE), model=dict(heads=("mlm",), pieces=()), loss=dict(weights=dict(textmlm=1.0)), data=dict(images=0))
     yield "joint", (("text/position_embed", f"{start['language']}:", "first_rows"), (FUSED_PARTS, "fresh", "copy"), start["language"]), dict(
         trunk=dict(experts=EXPERTS), model=dict(heads=JOINT_HEADS, pieces=()), loss=dict(weights=dict(itc=1.0, itm=1.0, mlm=0.25)))
     yield "retrieval", (start["joint"],), dict(trunk=dict(experts=ALONE), model=dict(heads=("itc",)), loss=dict(weights=dict(itc=1.0)))
@@ -66,24 +71,29 @@ def scenes(name, init, trunk, model, loss, data=()):
     tasks = {"vqa": "/vqa", "nlvr": "/pairs"}
     model = dict(model, **(dict(answers=ANSWERS) if name == "vqa" else {}))
     tuned = name in ("retrieval", "vqa", "nlvr")
+    if name in ("language", "joint"):
+        loss = dict(loss, mask_share=0.3)      # a word in seven of short captions says little
     found = dict(kind="retrieval", examples=500, options=dict(captions="first"))
     scored = dict(joint=dict(retrieval=found, matching=dict(kind="matching", examples=500)), retrieval=dict(retrieval=found),
                   vqa=dict(vqa=dict(kind="vqa", examples=500, options=dict(candidates=ANSWERS, k=1))), nlvr=dict(classify=dict(kind="classify", examples=1000)))
     return c.stage(
         system="vlmo", init=init, trainable=(trained(name, "relative"),), loss=loss,
         model=dict(trunk=dict(variant="mini", text_positions=32, **trunk), dtype="auto", tokens=dict(vocab=-1, bos=-1, eos=-1, pad=-1, mask=-1), **model),
-        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.02 if tuned else 0.05, muon_scale="width", b1=0.9, b2=0.98,
+        optim=dict(name="muon", lr=1e-3 if tuned else 2e-3, muon_lr=0.01 if tuned else 0.02, muon_scale="width", b1=0.9, b2=0.98,
                    momentum=0.95, weight_decay=0.01, schedule="trapezoid", warmup="5%", decay_from="50%", clip_norm=1.0,
                    clamps=((".*_scale", 0.0, 4.6),) if name in ("joint", "retrieval") else (), ema=0.0, max_bad_steps=10),
-        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48, microbatch=0, size=48,
-                  length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8, bad_budget=0.01, **dict(data)),
-        evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 500}.get(name, 300), checkpoint=dict(every=500, keep=2))
+        data=dict(train=f"scenes:train{tasks.get(name, '')}", eval=f"scenes:test{tasks.get(name, '')}", batch=48 if name == "vision" else 32,
+                  microbatch=0, size=48, length=32, tokenizer="scenes", augment="squash", eval_augment="squash", threads=1, prefetch=8,
+                  bad_budget=0.01, **dict(data)),
+        evals=scored.get(name, {}), steps={"vision": 200, "language": 200, "joint": 1200}.get(name, 300), checkpoint=dict(every=500, keep=2))
 
 
 def trained(name, positions):
     """A regex of what a stage trains."""
+    if name == "vision":
+        return FROZEN
     unused = UNUSED if positions == "relative" else ""
-    return TEXT_TRAINED.format(unused) if name == "language" else r"(?!text/position_embed$).*" if unused and name != "vision" else ".*"
+    return TEXT_TRAINED.format(unused) if name == "language" else r"(?!text/position_embed$).*" if unused else ".*"
 
 
 def paper(size, res):

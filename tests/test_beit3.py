@@ -20,6 +20,7 @@ from vlm_jax.importers import cli, read
 from vlm_jax.importers.release import Hints
 from vlm_jax.losses.masked import gather_chosen, mask_share
 from vlm_jax.models import beit3 as models
+from vlm_jax.models import image_codes
 from vlm_jax.nn import mlp
 from vlm_jax.system import Context
 from vlm_jax.systems import beit3
@@ -127,7 +128,7 @@ def test_planted_mistakes_show(mistake, tmp_path_factory, monkeypatch):
 def learned(case):
     """The batch of a stored training step."""
     if case.name == "vqa":
-        return dict(case.batch, scores=case.io["in_labels"])
+        return dict(case.batch, answer_target=case.io["in_labels"])
     if case.name == "nlvr":
         return dict(case.batch, label=case.io["in_label"].astype(np.int32))
     return dict(case.batch, **({"corrupted": case.io["in_masked"].astype(np.int32), "chosen": case.io["in_chosen"] == 1} if case.name == "caption" else {}))
@@ -393,9 +394,9 @@ def test_a_pair_may_have_one_side_masked():
 def test_colours_are_bins_of_each_patch_s_mean():
     image = np.zeros((1, 8, 8, 3), np.uint8)
     image[0, :4, 4:] = (255, 128, 31)
-    ids = models.Colours(4, 8)(jnp.asarray(image))
-    assert ids.tolist() == [[0, 7 * 64 + 4 * 8 + 0, 0, 0]] and models.Colours(4, 8).codes == 512
-    np.testing.assert_array_equal(ids, models.Colours(4, 8)(jnp.asarray(image / 255.0)))
+    ids = image_codes.Colours(4, 8)(jnp.asarray(image))
+    assert ids.tolist() == [[0, 7 * 64 + 4 * 8 + 0, 0, 0]] and image_codes.Colours(4, 8).codes == 512
+    np.testing.assert_array_equal(ids, image_codes.Colours(4, 8)(jnp.asarray(image / 255.0)))
 
 
 def test_a_trained_tokenizer_lives_in_the_model_and_stays_as_it_is():
@@ -434,13 +435,6 @@ def test_the_global_batch_s_loss_and_gradient_on_any_mesh(name, rules, devices):
 
 # ---- answers
 
-def test_answers_are_told_by_their_ids():
-    table = beit3.table(((0, 5, 2), (0, 6, 7, 2), (0, 8, 2)), 1)
-    ids = jnp.array([[[0, 6, 7, 2, 1], [0, 5, 2, 1, 1]], [[0, 9, 2, 1, 1], [1, 1, 1, 1, 1]]])
-    real = ids != 1
-    assert beit3.equal(ids, real, table, 1).astype(int).tolist() == [[[0, 1, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
-
-
 def test_a_listed_answer_is_chosen_among_candidates():
     made, params, batch = tiny("vqa")
     assert [i for i in made.config.model.answer_ids[0] if i != made.tokenizer.pad_id] == made.tokenizer.encode("yes")
@@ -455,7 +449,7 @@ def test_a_listed_answer_is_chosen_among_candidates():
     np.testing.assert_allclose(found["score"], whole["logits"].max(1), rtol=1e-6)
     value, metrics = loss_of("vqa", leaves, batch)
     assert np.isfinite(value) and metrics["listed"] == 1
-    none = loss_of("vqa", leaves, batch | {"scores": jnp.zeros(whole["logits"].shape)})[0]
+    none = loss_of("vqa", leaves, batch | {"answer_target": jnp.zeros(whole["logits"].shape)})[0]
     np.testing.assert_allclose(none, jax.nn.softplus(whole["logits"]).sum(1).mean(), rtol=1e-5)
 
 
@@ -467,7 +461,21 @@ def test_soft_scores_follow_how_many_of_ten_gave_an_answer():
     weight = jnp.tile(jnp.array([[0.1, 0.2, 0.3, 0.4, 0.0]]), (6, 1))
     found = loss_of("vqa", params, batch | {"answer": answer, "answer_mask": jnp.tile(jnp.asarray(mask)[None], (6, 1, 1)), "answer_weight": weight})[0]
     target = jnp.zeros((6, len(made.config.model.answers))).at[:, :5].set(jnp.array([0.3, 0.6, 0.9, 1.0, 0.0]))
-    np.testing.assert_allclose(found, loss_of("vqa", params, batch | {"scores": target})[0], rtol=1e-6)
+    np.testing.assert_allclose(found, loss_of("vqa", params, batch | {"answer_target": target})[0], rtol=1e-6)
+
+
+def test_images_with_classes_are_mixed_in_training_alone(tmp_path_factory):
+    case = cases("classes", tmp_path_factory)
+    section, leaves = stages.ConfigDict(case.section.to_dict()), stages.read_weights(case.folder)
+    system = stages.resolve(section, "plain").system
+    with section.unlocked():
+        section.loss.update(mixup=0.8, cutmix=1.0)
+    mixed, found = stages.resolve(section, "mixed").system, {}
+    batch = {"image": case.batch["image"], "label": jnp.arange(len(case.batch["image"])) % 2}
+    for train in (False, True):
+        context = Context(jax.random.key(0), jnp.int32(0), train=train)
+        found[train] = [float(jax.jit(lambda p, s=s, c=context: s.loss(merge(p, {}, {}), {}, batch, c)[0])(leaves)) for s in (system, mixed)]
+    assert found[False][0] == found[False][1] and found[True][0] != found[True][1] and np.isfinite(found[True]).all()
 
 
 # ---- sections, tokenizer
@@ -477,6 +485,8 @@ def rewritten(section, **model):
 
 
 @pytest.mark.parametrize("stage, change, message", [
+    ("pretrain", lambda s: s.loss.update(mixup=0.8), "loss.mixup=0.8: mixtures are of images with classes"),
+    ("pretrain", lambda s: s.data.update(images=0), "data.images=0, but of loss.weights only mlm learns from texts alone; nearest: 1"),
     ("pretrain", lambda s: s.loss.weights.update(mlmm=1.0), "loss.weights.mlmm=1.0 is not a term; nearest: 'mlm'"),
     ("pretrain", lambda s: s.loss.update(pair_masks="bot"), "loss.pair_masks='bot' is not known; nearest: 'both'"),
     ("pretrain", lambda s: s.loss.update(image_masked=75), "loss.image_masked=75 of 36 patches; nearest: 14"),

@@ -9,12 +9,12 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import data_pipeline, emoji, fusion_step, generate, models, paired, startup, train_step
+from benchmarks import data_pipeline, emoji, fusion_step, generate, models, multiway_step, paired, retrieval_cost, startup, train_step
 from vlm_jax.data.batch import validate
 from vlm_jax.stage import resolve
 
 COMMANDS = {"train_step": train_step, "data_pipeline": data_pipeline, "generate": generate, "startup": startup, "emoji": emoji,
-            "fusion_step": fusion_step}
+            "fusion_step": fusion_step, "multiway_step": multiway_step}
 
 
 # ---- turns and statistics ----------------------------------------------------------------------
@@ -171,6 +171,20 @@ def test_the_fusion_models_have_laviss_counts_and_its_work():
         assert {name: batch[name].shape for name in stage.spec} == {name: x.shape for name, x in stage.spec.items()}
 
 
+def test_the_models_with_experts_have_their_published_counts_and_equal_batches():
+    for system, parameters in (("vlmo", 202_445_470), ("beit3", 270_211_082)):
+        stage, batch = resolve(multiway_step.our_config(system, 3, False), system), multiway_step.make_batch(system, 3, False)
+        assert stage.plan.count() == parameters
+        tower = stage.system.model.trunk if system == "vlmo" else stage.system.model.tower
+        assert tower.remat == "none" and not tower.drop_path
+        same = ("image", "text", "text_mask")
+        assert {name: batch[name].shape for name in same} == {name: stage.spec[name].shape for name in same}
+        assert (batch["masked_text"] != batch["text"]).sum() == batch["masked_at"].sum() > 0 and not (batch["masked_at"] & ~batch["text_mask"]).any()
+    assert (batch["masked_patches"].sum(1) == 75).all() and (batch["masked_at"].sum(1) == 32).all()
+    only = multiway_step.our_config("vlmo", 3, True, "itm")
+    assert set(only.loss.weights) == {"itm"}
+
+
 def test_a_caption_that_ends_early_is_an_error():
     generate.count(np.array([[1, 5, 5, 9]]), [9])
     with pytest.raises(ValueError, match="ended early"):
@@ -205,3 +219,47 @@ def test_emoji_reads_both_logs(tmp_path):
     rows = [{"step": 1, "time/images_per_s": 63.0}, {"step": 2, "time/images_per_s": 126.0}, {"step": 2, "retrieval/r": 0.1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert emoji.metrics_seconds(tmp_path / "metrics.jsonl", 252) == [4, 2]
+
+
+# ---- what retrieval costs ----------------------------------------------------------------------
+
+class Matcher:
+    """A dual encoder that is wrong by one place, and a matching head that is right, on images whose first pixel is their number."""
+
+    def __init__(self):
+        self.pairs, self.encoded = 0, 0
+
+    def embed(self, batch):
+        self.encoded += len(next(iter(batch.values())))
+        if "image" in batch:
+            return {"image_embed": np.eye(64, dtype=np.float32)[batch["image"][:, 0, 0, 0]]}
+        return {"text_embed": np.roll(np.eye(64, dtype=np.float32), 1, 1)[batch["text"][:, 0]] + 0.5 * np.eye(64, dtype=np.float32)[batch["text"][:, 0]]}
+
+    def features(self, batch):
+        return {"image": batch["image"][:, :1, 0, :1]} if "image" in batch else {"text": batch["text"][..., None]}
+
+    def match(self, batch):
+        self.pairs += len(batch["text"])
+        right = batch["image_features"][:, 0, 0] == batch["text_features"][:, 0, 0]
+        return {"match": np.stack([~right, right], 1)}
+
+    def predict(self):
+        return {name: getattr(self, name) for name in ("embed", "features", "match")}
+
+
+def test_each_way_to_retrieve_does_its_own_work():
+    images = np.arange(48, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    tokenizer = lambda texts, length: (np.array([[int(t)] * length for t in texts]), np.ones((len(texts), length), bool), 0)      # noqa: E731
+    for way, pairs in (("dual encoder", 0), ("re-ranking", 48 * 16), ("fusion encoder", 48 * 48)):
+        model = Matcher()
+        best = retrieval_cost.retrieve(way, model.predict(), tokenizer, 3, images, [str(i) for i in range(48)])
+        np.testing.assert_array_equal(best, np.r_[1:48, 47] if way == "dual encoder" else np.arange(48))
+        assert model.encoded == 96 and model.pairs == (pairs and pairs + retrieval_cost.ROWS)      # one batch before its clock starts
+
+
+def test_slopes_are_those_of_powers_and_stand_under_the_table():
+    found = {"dual encoder": {n: [0.5 * n, 9.0 * n, 0.1 * n] for n in (16, 32, 64)}, "fusion encoder": {n: [0.01 * n ** 2] for n in (16, 32)}}
+    assert retrieval_cost.fit(found["dual encoder"]) == pytest.approx((1, 0.5)) and retrieval_cost.fit(found["fusion encoder"]) == pytest.approx((2, 0.01))
+    table = retrieval_cost.rows(found)
+    assert table[-3:] == ["| 64 | 32 |  |", "| slope | 1.00 | 2.00 |", "| 5,000, by the fit | 2,500 | 250,000 |"]
+    assert retrieval_cost.draw(found).startswith(b"\x89PNG")

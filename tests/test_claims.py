@@ -62,6 +62,15 @@ def test_a_stopped_claim_goes_on(tmp_path):
     assert [seen[:2] for seen in again.seen] == [("still", 0), ("learning", 1), ("still", 1)]
 
 
+def test_a_run_of_an_equal_config_is_taken_from_another_claim(tmp_path):
+    claims.measure(CLAIM, tmp_path / "first", (0,), Runs(), runs=tmp_path)
+    other, runs = claims.Claim(**{**vars_of(CLAIM), "variants": {"plain": {LR: 1e-3}, "quick": {LR: 2e-3}}, "differences": {
+        "R@1": (("plain", "retrieval/R@1"), ("quick", "retrieval/R@1"))}}), Runs()
+    scores, seconds = claims.measure(other, tmp_path / "second", (0, 1), runs, runs=tmp_path)
+    assert [seen[:2] for seen in runs.seen] == [("quick", 0), ("plain", 1), ("quick", 1)]
+    assert scores["plain"][0]["retrieval/R@1"] == pytest.approx(0.1) and seconds["plain/0"] == 7.0
+
+
 def test_a_changed_variant_is_run_again_and_a_missing_score_is_named(tmp_path):
     claims.measure(CLAIM, tmp_path, (0,), Runs())
     other = claims.Claim(**{**vars_of(CLAIM), "variants": {"learning": {LR: 2e-3}, "still": {LR: 0.0}}})
@@ -166,6 +175,18 @@ def test_registered_claims_compare_what_they_run(capsys):
     assert claims.main(["momentun"]) == claims.main(["momentum", "--seeds=a"]) == 43
     told = capsys.readouterr().err
     assert "nearest: 'momentum'" in told and "--seeds='a'" in told
+
+
+def test_stages_before_the_pairs_take_what_the_pairs_give_up():
+    def tokens(variant):
+        config = claims.variant_config(claims.CLAIMS["stagewise"], variant, 0)
+        return sum(config.stages[name].steps * {"vision": 96 * 17, "language": 96 * 22, "joint": claims.FUSED_TOKENS}[name] for name in config.stage_order)
+
+    def of_masked(config):
+        return config.stages.pretrain.steps * 32 * (17 + 22 + 39) + config.stages.itc.steps * 48 * (17 + 22)
+
+    assert tokens("staged") == pytest.approx(tokens("joint"), rel=2e-3)
+    assert of_masked(claims.variant_config(claims.CLAIMS["masked_then_contrast"], "masked", 0)) == pytest.approx(tokens("joint"), rel=2e-3)
 
 
 def test_a_real_run_is_scored_and_not_repeated(tmp_path):

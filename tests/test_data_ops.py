@@ -188,6 +188,21 @@ def test_rand_augment_never_inverts():
     assert min(means) > 60 and len({round(m) for m in means}) > 3
 
 
+def test_random_erasing_fills_a_rectangle_with_noise():
+    shares = []
+    for seed in range(60):
+        image = Image.new("RGB", (50, 40), (255, 255, 255))
+        out = np.asarray(OPS["random_erasing"](image, np.random.default_rng(seed), p=0.5, mean=0.4, std=0.1))
+        changed = (out < 255).any(-1)
+        rows, columns = changed.any(1), changed.any(0)
+        assert (out[~changed] == 255).all() and changed.sum() >= 0.99 * rows.sum() * columns.sum() and np.asarray(image).min() == 255
+        shares.append(changed.mean())
+        if changed.sum() > 100:
+            assert abs(out[changed].mean() / 255 - 0.4) < 0.03 and abs(out[changed].std() / 255 - 0.1) < 0.02
+    shares = np.array(shares)
+    assert 0.3 < (shares == 0).mean() < 0.7 and shares[shares > 0].min() > 0.01 and 0.2 < shares.max() < 0.36
+
+
 @pytest.mark.parametrize("text,message", [
     ("resise(64)", "'resise'.*nearest: 'resize'"),
     ("resize(64)|centre_crop(64)", "nearest: 'center_crop'"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import partitioning
-from vlm_jax.losses import tiles
+from vlm_jax.losses import answers, mixing, tiles
 from vlm_jax.losses.captioning import caption_nll, captioning
 from vlm_jax.losses.contrastive import DUPLICATES, contrastive, sigmoid
 from vlm_jax.losses.terms import wanted, weigh
@@ -370,3 +370,59 @@ def test_weigh_names_the_side_that_is_missing():
         weigh({"itm": 1.0}, {"itc": 1, "cap": 2})
     with pytest.raises(ValueError, match="weight capt=2 has no term; nearest: 'cap'"):
         weigh({"cap": 1.0}, {"cap": 1, "capt": 2})
+
+
+# ---- lists of answers
+
+def test_given_answers_are_told_by_their_ids_and_weighed():
+    listed = answers.table(((1, 5, 2), (1, 6, 7, 2), (1, 8, 2)), 0)
+    ids = jnp.array([[[1, 8, 2, 0, 0], [1, 9, 2, 0, 0], [0, 0, 0, 0, 0]], [[1, 6, 7, 2, 0], [1, 5, 2, 0, 0], [0, 0, 0, 0, 0]]])
+    assert answers.equal(ids, ids != 0, listed, 0).astype(int).tolist() == [[[0, 0, 1], [0, 0, 0], [0, 0, 0]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]]]
+    batch = {"answer": ids, "answer_mask": ids != 0, "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
+    np.testing.assert_allclose(answers.soft_targets(batch, listed, 0), [[0, 0, 0.9], [0.3, 1, 0]], atol=1e-6)
+    logits = jnp.array([[3.0, 2.0, 1.0]])
+    ranked = answers.rank(logits, ids[:, 0], ids[:, 0] != 0, listed, 0)
+    assert ranked.tolist() == [[1, 2]] and answers.rank(logits, ids[:1, 1], ids[:1, 1] != 0, listed, 0)[0, 0] < -1e38
+
+
+def test_an_answer_costs_its_cross_entropy_and_is_worth_its_score():
+    logits, target = jnp.array([[2.0, -1.0], [0.0, 1.0]]), jnp.array([[1.0, 0.3], [0.0, 0.0]])
+    loss, metrics = answers.answer_loss(logits, target)
+    p = jax.nn.sigmoid(logits)
+    np.testing.assert_allclose(loss, -(target * jnp.log(p) + (1 - target) * jnp.log(1 - p)).sum(1).mean(), rtol=1e-5)
+    assert metrics == {"vqa_score": 0.5, "listed": 0.5}
+
+
+# ---- mixtures of images
+
+def test_mixtures_have_the_targets_of_their_pixels():
+    image, targets = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 12, 8, 3)), mixing.soft_labels(jnp.arange(4), 4, 0.1)
+    np.testing.assert_allclose(targets[1], [0.025, 0.925, 0.025, 0.025], rtol=1e-6)
+    assert mixing.mix(jax.random.key(0), image, targets)[0] is image
+    shares = []
+    for seed in range(24):
+        for kind in (dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.8, cutmix=1.0)):
+            mixed, told = mixing.mix(jax.random.key(seed), image, targets, **kind)
+            share = float((mixed[0].mean() - 3) / -3)      # of row 0, whose partner is row 3
+            np.testing.assert_allclose(told[0], share * targets[0] + (1 - share) * targets[3], atol=1e-5)
+            np.testing.assert_allclose(told.sum(1), 1, rtol=1e-5)
+            kinds = len(np.unique(np.round(mixed[0], 5)))
+            assert kinds <= 2 if "cutmix" in kind else kinds == 1
+            shares.append((list(kind), share))
+    for name in ("mixup", "cutmix"):
+        found = [share for kinds, share in shares if kinds == [name]]
+        assert min(found) < 0.5 and max(found) > 0.65
+
+
+def test_a_box_has_its_share_and_stays_inside():
+    for seed in range(8):
+        found = np.asarray(mixing.box(jax.random.key(seed), 20, 30, jnp.float32(0.25)))
+        rows, columns = found.any(1), found.any(0)
+        assert found.sum() == rows.sum() * columns.sum() and rows.sum() <= 10 and columns.sum() <= 15      # cut at an edge, or whole
+    assert mixing.box(jax.random.key(0), 20, 30, jnp.float32(0.0)).sum() == 0
+
+
+def test_soft_cross_entropy_of_one_class_is_the_plain_one():
+    logits = jax.random.normal(jax.random.key(0), (5, 7))
+    np.testing.assert_allclose(mixing.soft_cross_entropy(logits, mixing.soft_labels(jnp.arange(5), 7)),
+                               -jax.nn.log_softmax(logits)[jnp.arange(5), jnp.arange(5)].mean(), rtol=1e-6)

@@ -53,16 +53,24 @@ def test_segments_go_through_their_own_expert_and_back_to_their_places():
         np.testing.assert_allclose(run(stack, same, X, layout), run(stack, same, X, one("text", 8)), atol=1e-5)
 
 
+def test_where_nothing_is_split_layouts_say_nothing():
+    stack, params = made(BOTH, feed_forward="shared")
+    assert not [p for p in params if "/text/" in p or "/image/" in p] and {"mlp/all/up/kernel", "norm2/all/scale", "attn/all/query/kernel"} <= set(params)
+    np.testing.assert_array_equal(run(stack, params, X, BOTH), run(stack, params, X, one("image", 8)))
+
+
 def test_each_token_costs_one_expert():
-    def flops(layout, experts, length=64):
-        stack = multiway_stack(1, width=WIDTH, heads=2, mlp_dim=64, experts=experts)
+    def flops(layout, experts, length=64, **fields):
+        stack = multiway_stack(1, width=WIDTH, heads=2, mlp_dim=64, experts=experts, **fields)
         x = jnp.zeros((2, length, WIDTH))
         variables = jax.eval_shape(lambda k: stack.init(k, x, layout, None, None, None, None, None), jax.random.key(0))
         fn = jax.jit(lambda v: stack.apply(v, x, layout, None, None, None, None, None)[0])
         return fn.lower(variables).compile().cost_analysis()["flops"]
 
     plain = flops(one("image", 64), ("image",))
-    assert flops(Layout((("text", 24), ("image", 40))), ("image", "text", "joint")) < 1.03 * plain
+    both = Layout((("text", 24), ("image", 40)))
+    for fields in ({}, dict(attention="split"), dict(feed_forward="shared")):
+        assert 0.97 * plain < flops(both, ("image", "text", "joint"), **fields) < 1.03 * plain
 
 
 def test_bias_and_mask_reach_the_attention():
@@ -101,7 +109,7 @@ def test_a_wrong_layout_says_what_is_wrong():
         run(stack, params, X[:, :5], BOTH)
     with pytest.raises(ValueError, match="expert 'txt' is not one of this layer; nearest: 'text'"):
         run(stack, params, X, one("txt", 8))
-    for field, wrong, right in (("attention", "splt", "split"), ("drop_path_by", "experts", "expert"), ("remat", "ful", "full")):
+    for field, wrong, right in (("attention", "splt", "split"), ("feed_forward", "shard", "shared"), ("drop_path_by", "experts", "expert"), ("remat", "ful", "full")):
         with pytest.raises(ValueError, match=f"{wrong!r} is not .*nearest: '{right}'"):
             made(BOTH, **{field: wrong})
 

@@ -12,15 +12,16 @@ import vlm_jax
 from tests.tiny import config
 from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
-from vlm_jax.data import tokenizers
+from vlm_jax.data import scenes, tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers import cli, read
 from vlm_jax.importers import vlmo as layout
+from vlm_jax.importers.release import Hints
 from vlm_jax.losses.masked import mask_words
 from vlm_jax.models.vlmo import relative_index
 from vlm_jax.nn.multiway import Layout, MultiwayBlock, one
 from vlm_jax.system import Context, run
-from vlm_jax.systems.vlmo import Vlmo, colours, equal, soft_targets
+from vlm_jax.systems.vlmo import Vlmo
 from vlm_jax.train.state import merge
 
 STORED = pathlib.Path(__file__).parent / "parity" / "official_outputs"
@@ -376,23 +377,6 @@ def test_tokenizers_tell_which_pieces_go_on_with_a_word(tmp_path):
         stages.resolve(section, "joint", type("NoPieces", (), {**ids, "continuing": []})())
 
 
-def test_colours_are_told_by_the_mean_of_a_patch():
-    image = np.zeros((1, 4, 4, 3), np.uint8)
-    image[:, :2, 2:] = (255, 0, 0)
-    image[:, 2:, :2] = (0, 40, 100)
-    wanted = [0, 7 * 64, 1 * 8 + 3, 0]
-    assert colours(jnp.asarray(image), 2, (0.5,) * 3, (0.5,) * 3).tolist() == [wanted]
-    assert colours((image / 255 - 0.5) / 0.5, 2, (0.5,) * 3, (0.5,) * 3).tolist() == [wanted]
-
-
-def test_answers_are_found_in_the_list_and_weighed():
-    listed = np.array([[1, 5, 2, 0], [1, 6, 7, 2], [1, 8, 2, 0]])
-    batch = {"answer": jnp.array([[[1, 8, 2], [1, 9, 2], [0, 0, 0]], [[1, 5, 2], [1, 8, 2], [0, 0, 0]]]),
-             "answer_weight": jnp.array([[0.3, 0.7, 0], [0.4, 0.1, 0]])}
-    np.testing.assert_allclose(soft_targets(listed, 0, batch), [[0, 0, 0.9], [1, 0, 0.3]], atol=1e-6)
-    assert equal(jnp.array([[1, 6, 7, 2, 0], [1, 8, 2, 0, 0], [1, 9, 2, 0, 0]]), listed, 0).argmax(1).tolist() == [1, 2, 0]
-
-
 # ---- stages
 
 def tiny(*names):
@@ -445,6 +429,49 @@ def test_three_stages_in_one_command(tmp_path):
     np.testing.assert_array_equal(given["type_embed"], joint["type_embed"][[0, 1, 1]])
 
 
+def test_masked_patches_are_told_as_the_codes_of_an_imported_tokenizer(tmp_path):
+    source, hints = str(STORED / "vqkd" / "weights.safetensors"), Hints(image_heads=3, decoder_heads=4)
+    folder = cli.import_release("vqkd", source, tmp_path / "vqkd", hints, say=lambda line: None)
+    tokenizer = vlm_jax.load(folder)
+    whole, told = tiny("vision"), tokenizer.config.model
+    section = whole.stages.vision
+    with section.unlocked(), section.ignore_type():
+        section.model.trunk.update(patch=8)
+        section.model.targets = dict(kind="vqkd", encoder=told.encoder.to_dict(), codes=told.codes, code_width=told.code_width)
+        section.init, section.data.size = str(folder), tokenizer.stage.data.size
+    stage = stages.open_stage(whole, tmp_path, "vision")
+    leaves = stages.init.take_over(stages.init_rules(whole, stage, tmp_path), stage.plan, lambda origin: stages.open_origin(whole, tmp_path, origin), "init")
+    own = {p for p in stage.plan.shapes if p.startswith("tokenizer/")}
+    assert own == set(leaves) and own and not own & set(stage.plan.trainable)
+    fresh, _, _ = stages.init.unbox(jax.jit(lambda key: stage.system.init(key, stage.spec))(jax.random.key(0)))
+    image = np.random.default_rng(0).integers(0, 256, (2, section.data.size, section.data.size, 3)).astype(np.uint8)
+    codes = run(stage.system.model, merge({**fresh, **leaves}, {}, {}), Vlmo.codes, image)
+    np.testing.assert_array_equal(codes, tokenizer.predict["tokens"]({"image": image})["ids"])
+    assert fresh["mim_head/kernel"].shape[1] == told.codes
+
+
+def test_the_papers_first_stage_takes_a_tokenizer():
+    section = config("vlmo", "base,tokenizer=DIR").stages.vision
+    section.data.tokenizer = ""
+    plan = stages.resolve(section, "vision").plan
+    assert section.init == "DIR" and plan.shapes["mim_head/kernel"].shape == (768, 8192) and plan.shapes["tokenizer/table"].shape == (8192, 32)
+    assert {p for p in plan.shapes if p not in plan.trainable} == {p for p in plan.shapes if p.startswith("tokenizer/")}
+
+
+def test_texts_alone_come_without_images(tmp_path, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(dict(text=f"a {word} star")) + "\n" for word in ("red", "blue", "green", "white")))
+    monkeypatch.setattr(scenes, "render", None)      # calling it would end the run
+    for source in (f"jsonl:{tmp_path}/texts.jsonl", "scenes:train"):
+        section = tiny("language").stages.language
+        section.data.update(train=source, eval=source, batch=4)
+        stage = stages.resolve(section, "language")
+        with stage.train_batches(stage.open(source), 0, 1, tmp_path / "bad.jsonl") as batches:
+            (_, batch), = batches
+        assert set(batch) == set(stage.spec) == {"text", "text_mask", "caption_id", "image_id"} and batch["text_mask"].any(1).all()
+        evaluated, = stage.eval_batches(stage.open(source), 4, 4)
+        assert "image" not in evaluated and evaluated["mask"].all()
+
+
 def test_the_loss_is_the_same_on_any_number_of_devices():
     section = tiny("joint").stages.joint
     section.loss.weights.mlm = 0.0
@@ -493,7 +520,8 @@ def test_the_papers_sizes_have_the_papers_counts(size, counts):
     ("joint", lambda s: s.model.update(heads=("pooler", "itc", "itc_vl", "mlm")), "loss.weights.itm needs the head 'itm'"),
     ("joint", lambda s: s.data.update(microbatch=4), "data.microbatch=4: negatives are mined from the whole batch; nearest: 0"),
     ("joint", lambda s: s.model.trunk.update(positions="relativ"), "positions='relativ' is not known; nearest: 'relative'"),
-    ("vision", lambda s: s.loss.update(targets="tokens"), "loss.targets='tokens' is not known; nearest: 'colours'"),
+    ("vision", lambda s: s.model.targets.update(kind="colors"), "targets.kind='colors' is not known; nearest: 'colours'"),
+    ("vision", lambda s: s.data.update(images=0), "data.images=0, but of loss.weights only textmlm learns from texts alone; nearest: data.images=1"),
     ("vqa", lambda s: s.model.update(answers=("yes", "the blue star")) or s.data.update(answer_length=3), "data.answer_length=3 cuts answers of model.answers"),
     ("vqa", lambda s: s.model.update(answers=()), "model.classes=0 and model.answers says none"),
     ("nlvr", lambda s: s.data.update(images=1), "data.images=1, but statements are about two images; nearest: data.images=2")])

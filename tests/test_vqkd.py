@@ -15,6 +15,7 @@ from tests.tiny import config
 from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
 from vlm_jax.errors import ConfigError
+from vlm_jax.evaluate import evaluate
 from vlm_jax.importers import cli, read, vqkd, write
 from vlm_jax.importers.release import Hints
 from vlm_jax.models.teacher import build_teacher
@@ -172,6 +173,15 @@ def test_an_imported_tokenizer_says_codes_in_raster_order(folder):
     np.testing.assert_allclose(uint8, normed, atol=1e-5)      # a dark image is scaled like any other
     with pytest.raises(ConfigError, match="model.teacher is missing"):
         model.stage.system.loss(model.variables, {}, {"image": image}, Context(jax.random.key(0), jnp.int32(0)))
+
+
+def test_an_imported_tokenizer_is_scored_without_a_text_tokenizer(folder):
+    model = vlm_jax.load(folder / "in")
+    assert model.tokenizer is None
+    scores = evaluate(model, "codebook", "scenes:test", examples=4, batch=4).scores
+    assert scores["codebook/images"] == 4 and scores["codebook/tokens"] == 100 and 0 < scores["codebook/usage"] <= 1
+    with pytest.raises(ConfigError, match="came without a tokenizer"):
+        evaluate(model, "retrieval", "scenes:test", examples=4)
 
 
 # ---- the codebook ------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Console:
         self.say(f"captions: {example['tokens_mean']:.1f} tokens on average, {example['tokens_max']} at most, cut to {data['length']}: "
                  f"{example['truncated']:.1%} (of {example['captions']} looked at)")
         self.say(f"example {example['key']!r}: {example['caption']!r}\n  ids {example['ids']}\n  read back: {example['decoded']!r}; "
-                 f"image {'x'.join(map(str, example['image'].shape))} uint8")
+                 + (f"image {'x'.join(map(str, example['image'].shape))} uint8" if example["image"] is not None else "no image"))
 
     @contextlib.contextmanager
     def bar(self, name: str, start: int, total: int) -> Iterator[Callable[[Mapping[str, Any], int], None]]:

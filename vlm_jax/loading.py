@@ -15,6 +15,7 @@ from vlm_jax import partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.clean import Clean
+from vlm_jax.data.layouts import Said
 from vlm_jax.data.pipeline import EVAL_AUGMENT
 from vlm_jax.errors import ConfigError
 from vlm_jax.train.state import merge
@@ -66,7 +67,7 @@ class Model:
         return {k: np.concatenate([p[k] for p in parts]) if np.ndim(parts[0][k]) else parts[0][k] for k in parts[0]}
 
     def embed_image(self, images: Any, batch: int = 64) -> np.ndarray:
-        """-> float32 [b, e], unit length."""
+        """-> float32 [b, e], unit length; [b, k, e] from systems that give an image several vectors, of which the nearest to a text counts."""
         return self._rows("embed", {"image": self.images(images)}, batch)["image_embed"]
 
     def embed_text(self, texts: str | Sequence[str], batch: int = 256) -> np.ndarray:
@@ -83,7 +84,30 @@ class Model:
             raise ConfigError(f"system {self.config.system!r} does not generate text (it has {', '.join(self.predict)})")
         self.ids("")
         ids = self._rows("generate", {"image": self.images(images)}, batch, **options)["text"]
-        return [self.tokenizer.decode(row) for row in ids]
+        return [self.stage.replies.decode(row) for row in ids]
+
+
+    def prompts(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
+        """Strings -> what the system reads before it replies: ``prompt``, and ``instruction`` where it has one, with their masks. They are taken as they
+        are: data.templates is not for them. Raises ConfigError where the system reads no prompts (data.layout)."""
+        self.ids("")
+        if self.stage.data.layout == "plain":
+            raise ConfigError(f"system {self.config.system!r} was trained with data.layout='plain' and reads no prompt; nearest: caption")
+        said = [Said(((text, ""),)) for text in ([texts] if isinstance(texts, str) else texts)]
+        arrays = self.stage.writer.arrays(said, training=False)
+        return {key: value for key, value in arrays.items() if key.startswith(("prompt", "instruction"))}
+
+    def reply(self, images: Any, prompts: str | Sequence[str], batch: int = 16, **options: Any) -> list[str]:
+        """A reply to each prompt about its image; one image, or one prompt, is for all. ``options``: as of ``caption``. Raises ConfigError."""
+        asked, images = self.prompts(prompts), self.images(images)
+        rows = max(len(images), len(asked["prompt"]))
+        whole = {key: np.repeat(value, rows, 0) if len(value) == 1 else value for key, value in {"image": images, **asked}.items()}
+        wrong = next((f"{len(images)} images and {len(asked['prompt'])} prompts" for value in whole.values() if len(value) != rows), "")
+        if wrong:
+            raise ConfigError(f"{wrong} do not go together; nearest: as many of both, or one of either")
+        if "generate" not in self.predict:
+            raise ConfigError(f"system {self.config.system!r} does not generate text (it has {', '.join(self.predict)})")
+        return [self.stage.replies.decode(row).strip() for row in self._rows("generate", whole, batch, **options)["text"]]
 
 
 def load(directory: str | pathlib.Path) -> Model:
@@ -94,10 +118,12 @@ def load(directory: str | pathlib.Path) -> Model:
     """
     folder = stages.newest_stage(pathlib.Path(directory))
     config = configs.from_json((folder / "config.json").read_text())
-    tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
+    tokenizer, other = (tokenizers.load(str(folder / kept)) if (folder / kept).exists() else None for kept in ("tokenizer", "instruction_tokenizer"))
     config.data.tokenizer = config.data.tokenizer if tokenizer is not None else ""
+    if other is None and config.data.get("instruction_tokenizer"):
+        config.data.instruction_tokenizer, config.data.instruction_length = "", 0
     config.lora, config.trainable = {}, (".*",)      # adapters are merged
-    stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer)
+    stage = stages.resolve(config, folder.name.split("_", 1)[-1], tokenizer, other)
     leaves = stages.read_weights(folder)
     missing = (set(stage.plan.shapes) | set(stage.plan.moving)) - set(leaves)
     if missing:

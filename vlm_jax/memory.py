@@ -84,7 +84,7 @@ def compile_step(stage: Stage, mesh: Any) -> Any:
         tx, _ = make_optimizer(stage)
         step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
         state = init.abstract(stage.system, stage.plan, tx, mesh, ema)
-        return step.lower(state, partitioning.abstract(stage.spec, mesh)).compile(compiler_options=options)
+        return step.lower(state, partitioning.abstract(stage.step_spec, mesh)).compile(compiler_options=options)
 
 
 def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:

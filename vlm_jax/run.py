@@ -32,13 +32,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import evals, loading, memory, partitioning, provenance
+from vlm_jax import evals, feature_cache, loading, memory, partitioning, provenance
 from vlm_jax import stage as stages
 from vlm_jax.console import Console
 from vlm_jax.data import fingerprint, pipeline, tokenizers
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.importers import cli
-from vlm_jax.nn import lora
+from vlm_jax.nn import narrow
 from vlm_jax.stage import BEST, IMPORTED, RESULT, Stage, folder_of
 from vlm_jax.train import checkpoint, init, loop
 from vlm_jax.train.metrics import MetricsLog, read_rows
@@ -172,10 +172,12 @@ class StageRun:
     def check(self) -> None:
         """Raises ConfigError for sections that do not fit together, or that are not those the stage was started with."""
         for name, setting in self.evals.items():
+            self.stage.scored(setting.images, setting.template)
             if setting.kind not in evals.KINDS:
                 raise ConfigError(f"{self.where}.evals.{name}.kind={setting.kind!r} is not an evaluation{nearest(setting.kind, evals.KINDS)}")
             configs.check_keys(evals.KINDS[setting.kind], setting.options, f"{self.where}.evals.{name}.options",
                                ("predict", "batches", "tokenizer", "source", "train_batches", "train_source"))
+        feature_cache.check(self.stage)
         metric, average = self.select.metric, self.select.average
         watched = [name for name in self.evals if self.every[name]]
         if metric and metric.partition("/")[0] not in watched:
@@ -188,7 +190,9 @@ class StageRun:
                               "which there is no use in averaging with; nearest: 1.0")
         if (self.folder / "config.json").exists():
             started = configs.to_plain(configs.from_json((self.folder / "config.json").read_text()))
-            changed = configs.changes(configs.ConfigDict({**configs.DEFAULTS, **started}), self.stage.config)     # a key may be younger than the run
+            data = dataclasses.asdict(configs.call(stages.Data, started["data"], f"{self.folder / 'config.json'}: data"))
+            started = configs.ConfigDict({**configs.DEFAULTS, **started, "data": data})      # a key may be younger than the run
+            changed = configs.changes(started, self.stage.config)
             if changed:
                 raise ConfigError(f"{self.folder} was started with another config; changed: " + "; ".join(changed)
                                   + ". Use another --workdir, or the old values.")
@@ -234,7 +238,10 @@ class StageRun:
         return jax.random.key(self.stage.config.seed)
 
     def fresh(self, tx: Any) -> TrainState:
-        given = init.take_over(stages.init_rules(self.config, self.stage, self.workdir), self.stage.plan, self.open_origin, f"{self.where}.init")
+        plan = self.stage.plan
+        given = init.take_over(stages.init_rules(self.config, self.stage, self.workdir), dataclasses.replace(plan, shapes=narrow.unscaled(plan.shapes)),
+                               self.open_origin, f"{self.where}.init")
+        given = narrow.fit(given, plan.shapes, plan.axes)
         given |= {f"carry/{p}": x for p, x in stages.init_carry(self.config, self.stage, self.workdir).items()}
         return init.create(self.stage.system, self.stage.plan, tx, self.mesh, jax.random.fold_in(self.key, 0), self.stage.spec,
                            given, self.optim.ema)
@@ -272,22 +279,25 @@ class StageRun:
             raise ConfigError(f"{self.where}.data.tokenizer='': training reads captions; name one (train:2000 makes it from them, or clip, "
                               "sentencepiece:FILE, hf:FILE, a directory)")
         example = configs.call(pipeline.preview, {}, f"{self.where}.data", source, stage.tokenizer, size=stage.data.size,
-                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, rows=stage.data.rows)
+                               length=stage.data.length, augment=stage.data.augment or pipeline.EVAL_AUGMENT, **stage.beside)
         folder.mkdir(parents=True, exist_ok=True)
         if state.frozen and start == 0:      # they do not change: written once a stage, not with every save
             with checkpoint.Checkpointer(folder / "frozen", keep=1) as whole:
                 if whole.latest_good()[0] is None:
                     whole.save(0, {"frozen": state.frozen})
-        batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl")
+        features = feature_cache.computed(stage, self.mesh, source, state, self.total, folder, self.console) if stage.data.cache_features else None
+        batches = stage.train_batches(source, start, self.total, folder / "quarantine.jsonl", features)
         (folder / "config.json").write_text(configs.to_json(stage.config))
         record = self.record_start(start, told)
         if stage.tokenizer is not None:
             stage.tokenizer.save(folder / "tokenizer")
+        if stage.instruction_tokenizer is not None:
+            stage.instruction_tokenizer.save(folder / "instruction_tokenizer")
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, jax.random.fold_in(self.key, 1), self.optim.ema), 0)
         program = None
         if start < self.total and not stage.data.buckets:
             with self.console.waiting("compiling the train step"):
-                program = step_fn.lower(state, partitioning.abstract(stage.spec, self.mesh))
+                program = step_fn.lower(state, partitioning.abstract(stage.step_spec, self.mesh))
             memory.warn(program, self.mesh, self.console.say)
         self.console.overview(stage.name, folder, stage.plan, self.mesh, stage.config, self.total, example, program, source)
         self.console.say(f"licence of the weights: {provenance.licence_line(record)}")
@@ -353,8 +363,9 @@ class StageRun:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None)
-                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None),
-                                   tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
+                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None, setting.images,
+                                                                               setting.template),
+                                   tokenizer=stage.replies, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")
                 scores[f"{name}/{tail}" if tail else f"{name}/{head}"] = float(value)
@@ -404,7 +415,7 @@ class StageRun:
             chosen, _ = checkpoint.latest_good(self.folder / BEST)
             score = checkpoint.read_manifest(self.folder / BEST / str(chosen))["extra"]["score"]
             self.notes.append(f"The result is of step {chosen}, where {self.select.metric} was highest: {score:.4g}.")
-        leaves = lora.merge(stages.read_leaves(self.folder, which))
+        leaves = stages.whole(stages.read_leaves(self.folder, which))
         if self.select.average < 1:
             share, plan = self.select.average, self.stage.merged.plan
             started = init.take_over(stages.init_rules(self.config, self.stage.merged, self.workdir), plan, self.open_origin, f"{self.where}.init")
@@ -434,7 +445,9 @@ class StageRun:
 
 
 def write_report(stage: Stage, folder: pathlib.Path, evaluations: Mapping[str, Any], scores: Mapping[str, float], notes: list[str]) -> None:
-    from vlm_jax import report      # matplotlib takes a second to import; a run needs it at its end
+    from vlm_jax import (
+        report,  # matplotlib takes a second to import; a run needs it at its end
+    )
 
     pictures: dict[str, Any] = {}
     for result in evaluations.values():

@@ -23,16 +23,18 @@ from ml_collections import ConfigDict
 from vlm_jax import config as configs
 from vlm_jax import partitioning, systems, weight_rules
 from vlm_jax.data import pipeline, sources, tokenizers
+from vlm_jax.data.features import FeatureStore
+from vlm_jax.data.layouts import Layout, Marks, Writer
 from vlm_jax.data.order import order_of
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.split import parse_split
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import vqa
 from vlm_jax.importers import hub
-from vlm_jax.nn import lora
+from vlm_jax.nn import lora, narrow
 from vlm_jax.system import System
 from vlm_jax.train import checkpoint, init, optim
-from vlm_jax.train.state import merge, narrow
+from vlm_jax.train.state import merge
 
 IMPORTED = "imported"     # in a work directory: what came from the hub
 TAUGHT = "teacher/"      # in a carry: slow copies of parameters, by their path
@@ -51,13 +53,25 @@ class Data:
         as a caption, "a photo of a {}" is filled with the name of the class.
     workers: processes that make batches instead of the reader threads, 0 for none.
     bad_budget: the share of samples that may be unreadable before the run stops.
-    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer.
+    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer. In other layouts than "plain" the most
+        candidates of a row, for evaluation: training draws an answer for its reply.
     answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
-    images: images per row; several are ``images`` in a batch, instead of ``image``.
+    images: images per row, or frames of a video or an animation, evenly spread; several are ``images`` in a batch, instead of ``image``. 0: text alone.
     classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
     swap: "sides": in training, two images change places half of the time, and the words left and right with them.
     text_clean: how captions and questions are cleaned before they are tokenised (data/clean.py): "albef", "blip", "albef_question",
         "blip_question", "" for not at all; "blip(40)" keeps 40 words.
+    mixture: the shares of train's sources: "sqrt" or "proportional" to their samples, "uniform", "" for their own @WEIGHTs; with a rule those are
+        factors on a source's share.
+    layout: how text lies in a batch (data/batch.py): "plain", "joined" (prompt and reply in one row), "apart" (prompt for an encoder, reply for a
+        decoder). ``length`` is then that of a reply, prompt_length that of a prompt with its begin.
+    instruction_tokenizer, instruction_length: a second tokenizer, which reads the prompt too, as ``instruction``.
+    templates: wordings of prompts, one drawn for each example: a task of data/templates.py, texts of one's own, "task" for each sample's own,
+        "" for the prompt as it stands. eval_template: that of evaluation, "" for the first.
+    prefix: "words": in training a text without a prompt is cut between two words that are drawn; the first part is its prompt.
+    learned: "reply", or "row": prompts are learned too, as a language model learns.
+    cache_features: a folder where what a frozen tower makes of images is kept, so that it is computed once, "" for none; relative ones lie in the stage's own.
+    marks: what stands around prompts and replies (layouts.Marks), where it is not the tokenizer's own.
     """
     train: Any
     eval: Any
@@ -84,6 +98,31 @@ class Data:
     classes: tuple[str, ...] = ()
     swap: str = ""
     text_clean: str = ""
+    mixture: str = ""
+    layout: str = "plain"
+    prompt_length: int = 0
+    instruction_tokenizer: str = ""
+    instruction_length: int = 0
+    templates: str | tuple[str, ...] = ""
+    eval_template: str = ""
+    prefix: str = ""
+    learned: str = "reply"
+    cache_features: str = ""
+    marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def text(self) -> Layout:
+        """How text lies in a batch. Raises ValueError for values that do not go together."""
+        unknown = [key for key in self.marks if key not in Marks.__dataclass_fields__]
+        if unknown:
+            raise ValueError(f"marks.{unknown[0]}={self.marks[unknown[0]]!r} is not known{nearest(unknown[0], Marks.__dataclass_fields__)}")
+        if bool(self.instruction_tokenizer) != bool(self.instruction_length):
+            raise ValueError(f"instruction_tokenizer={self.instruction_tokenizer!r} and instruction_length={self.instruction_length} go together; nearest: "
+                             + ("instruction_length=32" if self.instruction_tokenizer else f"instruction_tokenizer={self.tokenizer!r}"))
+        if self.layout != "plain" and self.swap:
+            raise ValueError(f"swap={self.swap!r} is of captions in layout='plain', not {self.layout!r}; nearest: swap=''")
+        return Layout(self.layout, self.prompt_length, self.instruction_length, self.templates, self.eval_template, self.prefix, self.learned,
+                      Marks(**self.marks))
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -93,7 +132,7 @@ class Data:
         twice = [name for name in self.classes if list(self.classes).count(name) > 1]
         if twice:
             raise ValueError(f"classes={tuple(self.classes)} names {twice[0]!r} twice")
-        return Rows(self.answers, self.answer_length, self.images, len(self.classes), self.swap, self.text_clean)
+        return Rows(self.answers, self.answer_length, self.images, len(self.classes), self.swap, self.text_clean, self.layout != "plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +174,8 @@ class Eval:
     """One evaluation: its kind, data ("" for data.eval), how many examples, and the kind's own options.
 
     every: a duration between runs (also before the first step), 0 for the last step only. train: what a probe is
-    fitted on, and what frequent answers are counted in, "" for data.train.
+    fitted on, and what frequent answers are counted in, "" for data.train. images, template: instead of data.images (frames of a video) and
+    data.eval_template.
     """
     kind: str
     data: Any = ""
@@ -143,6 +183,8 @@ class Eval:
     examples: int = 0
     batch: int = 128
     every: int | str = 0
+    images: int = 0
+    template: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -155,6 +197,17 @@ class Stage:
     tokenizer: Any
     system: System
     adapters: lora.Adapters | None = None
+    instruction_tokenizer: Any = None
+
+    @functools.cached_property
+    def replies(self) -> Any:
+        """The tokenizer of what the system writes and of candidates, which may end otherwise than its texts; None without one."""
+        return None if self.tokenizer is None else self.writer.replies
+
+    @functools.cached_property
+    def writer(self) -> Writer:
+        """What lays text out; there is none without a tokenizer."""
+        return Writer(self.data.text, self.tokenizer, self.data.length, self.instruction_tokenizer)
 
     @functools.cached_property
     def merged(self) -> "Stage":
@@ -163,7 +216,7 @@ class Stage:
             return self
         config = ConfigDict(configs.to_plain(self.config))
         config.lora, config.trainable = {}, (".*",)
-        return resolve(config, self.name, self.tokenizer)
+        return resolve(config, self.name, self.tokenizer, self.instruction_tokenizer)
 
     @functools.cached_property
     def examples(self) -> int:
@@ -182,16 +235,29 @@ class Stage:
     @functools.cached_property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         d = self.data
-        answers = (d.batch, d.answers, d.answer_length)
-        own = {"answer": jax.ShapeDtypeStruct(answers, jnp.int32), "answer_mask": jax.ShapeDtypeStruct(answers, jnp.bool_),
-               "answer_weight": jax.ShapeDtypeStruct(answers[:2], jnp.float32)} if d.answers else {}
+        keys = {d.rows.image_key: (d.rows.image_shape(d.batch, d.size), "uint8")} if d.images else {}
+        keys |= d.text.shapes(d.batch, d.length)
+        keys |= {"caption_id": ((d.batch,), "int32"), "image_id": ((d.batch,), "int32")}
+        if d.answers and d.layout == "plain":
+            answers = (d.batch, d.answers, d.answer_length)
+            keys |= {"answer": (answers, "int32"), "answer_mask": (answers, "bool"), "answer_weight": (answers[:2], "float32")}
         if d.classes:
-            own["label"] = jax.ShapeDtypeStruct((d.batch,), jnp.int32)
-        return {d.rows.image_key: jax.ShapeDtypeStruct(d.rows.image_shape(d.batch, d.size), jnp.uint8),
-                "text": jax.ShapeDtypeStruct((d.batch, d.length), jnp.int32),
-                "text_mask": jax.ShapeDtypeStruct((d.batch, d.length), jnp.bool_),
-                "caption_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
-                "image_id": jax.ShapeDtypeStruct((d.batch,), jnp.int32), **own}
+            keys["label"] = ((d.batch,), "int32")
+        return {key: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for key, (shape, kind) in keys.items()}
+
+    @functools.cached_property
+    def kept(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the batches of training hold instead of images; {} for images."""
+        if not self.data.cache_features:
+            return {}
+        image = self.data.rows.image_key
+        variables = merge(dict(self.plan.shapes), {}, dict(self.plan.moving))
+        return jax.eval_shape(self.system.cacheable.compute, variables, {image: self.spec[image]})
+
+    @functools.cached_property
+    def step_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of a training step."""
+        return {**{key: x for key, x in self.spec.items() if not self.kept or key != self.data.rows.image_key}, **self.kept}
 
     @functools.cached_property
     def plan(self) -> init.Plan:
@@ -205,6 +271,9 @@ class Stage:
                               "folder:photos#train, tars:/data/{00000..00099}.tar or scenes:train")
         d = self.data
         options = {k: v for k, v in (("caption", d.caption), ("label", d.label), ("classes", d.classes), ("answer", d.answer)) if v}
+        if d.mixture and which == d.train:
+            options["mixture"] = d.mixture
+        options |= {} if d.images else {"image": ""}
         source = configs.call(sources.open_source, {}, f"stages.{self.name}.data", which, **options)
         own = list(getattr(source, "classes", None) or ()) if d.classes else []
         if own and own != list(d.classes):
@@ -212,22 +281,34 @@ class Stage:
                               f"nearest: {tuple(own)}")
         return source
 
-    def eval_batches(self, source: Any, batch: int, examples: int | None) -> Iterator[dict[str, Any]]:
-        """Batches with ``meta`` beside the arrays, every sample once."""
+    def eval_batches(self, source: Any, batch: int, examples: int | None, images: int = 0, template: str = "") -> Iterator[dict[str, Any]]:
+        """Batches with ``meta`` beside the arrays, every sample once. images, template: instead of data.images and data.eval_template."""
+        keys = self.scored(images, template)
         with pipeline.eval_batches(source, self.tokenizer, batch=batch, size=self.data.size, length=self.data.length,
                                    augment=self.data.eval_augment or pipeline.EVAL_AUGMENT, limit=examples,
-                                   bad_budget=self.data.bad_budget, rows=self.data.rows) as batches:
+                                   bad_budget=self.data.bad_budget, **keys) as batches:
             for arrays, meta in batches:
                 real = iter(meta)
                 yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
 
-    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path) -> pipeline.TrainBatches:
+    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path, features: FeatureStore | None = None) -> pipeline.TrainBatches:
         d = self.data
         return configs.call(
             pipeline.train_batches, {}, f"stages.{self.name}.data", source, self.tokenizer, batch=d.batch, size=d.size,
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
-            buckets=d.buckets, quarantine_path=str(quarantine), rows=d.rows)
+            buckets=d.buckets, quarantine_path=str(quarantine), features=features, **self.beside)
+
+    def scored(self, images: int, template: str) -> dict[str, Any]:
+        """``beside`` for an evaluation with other images or another template, which stay as they are where it is 0 or "". Raises ConfigError."""
+        change = [("rows", "images", images), ("layout", "eval_template", template)]
+        return self.beside | {key: configs.call(dataclasses.replace, {}, f"stages.{self.name}.evals", self.beside[key], **{field: value})
+                              for key, field, value in change if value}
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What of the data section says which keys batches have: arguments of data/pipeline.py."""
+        return {"rows": self.data.rows, "layout": self.data.text, "instruction_tokenizer": self.instruction_tokenizer}
 
     def keys_of_step(self, source: Any, step: int) -> list[str]:
         """The samples of training step ``step`` (0-based), before any bad one was replaced."""
@@ -240,11 +321,12 @@ def system_names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(systems.__path__)]
 
 
-def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage:
+def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None, instruction_tokenizer: Any = None) -> Stage:
     """Checks every section and builds the system; compiles and allocates nothing.
 
-    ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and
-    must agree with it elsewhere; where a model lists ``answers`` or knows ``pieces`` of words, it gets their ids from it. Raises ConfigError.
+    ``model.tokens`` (vocab, bos, eos, pad) is filled from the tokenizer where it says -1, and must agree with it elsewhere: begin, end and padding are
+    those that ``data.marks`` says. ``model.instruction_tokens`` is the same of the instruction tokenizer. Where a model lists ``answers``, knows
+    ``pieces`` of words or has a ``prompt`` in words, it gets their ids from the tokenizer. Raises ConfigError.
     """
     stage_config = ConfigDict({**configs.DEFAULTS, **configs.to_plain(stage_config)})
     configs.check_stage(name, stage_config)
@@ -254,7 +336,7 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     for field in ("batch", "size", "length"):
         if getattr(data, field) < 1:
             raise ConfigError(f"stages.{name}.data.{field}={getattr(data, field)} must be at least 1")
-    configs.call(lambda: data.rows, {}, f"stages.{name}.data")
+    configs.call(lambda: (data.text, data.rows), {}, f"stages.{name}.data")
     configs.call(sources.check_splits, {}, f"stages.{name}.data", data.train, data.eval)
     if data.microbatch and data.batch % data.microbatch:
         divisors = [m for m in range(1, data.batch + 1) if data.batch % m == 0]
@@ -263,25 +345,31 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
                           f"nearest: {closest}")
     if tokenizer is None and data.tokenizer:
         tokenizer = configs.call(tokenizers.load, {}, f"stages.{name}.data.tokenizer", data.tokenizer)
-    if tokenizer is not None and "tokens" in stage_config.model:
-        found = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-        if getattr(tokenizer, "mask_id", None) is not None:
-            found["mask"] = tokenizer.mask_id
-        own = [key for key in sorted(stage_config.model.tokens) if key != "vocab" and key not in found]     # such as BLIP's [DEC] and [ENC]
-        found |= {key: tokenizer.vocab_size + i for i, key in enumerate(own)}
-        found["vocab"] = tokenizer.vocab_size + len(own)
-        for key, value in stage_config.model.tokens.items():
+    if instruction_tokenizer is None and data.instruction_tokenizer:
+        instruction_tokenizer = configs.call(tokenizers.load, {}, f"stages.{name}.data.instruction_tokenizer", data.instruction_tokenizer)
+    if tokenizer is not None:
+        writer = configs.call(Writer, {}, f"stages.{name}.data", data.text, tokenizer, data.length, instruction_tokenizer)
+        if "tokens" in stage_config.model:
+            begin, marked = data.text.marks.begin, writer.replies
+            ids = {"bos": tokenizer.bos_id if begin < 0 else begin, "eos": marked.eos_id, "pad": marked.pad_id}
+            fill_tokens(stage_config.model.tokens, tokenizer, ids, f"stages.{name}.model.tokens", data.tokenizer)
+    if "instruction_tokens" in stage_config.model and instruction_tokenizer is None:
+        for key, value in stage_config.model.instruction_tokens.items():
             if value == -1:
-                stage_config.model.tokens[key] = found[key]
-            elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
-                raise ConfigError(f"stages.{name}.model.tokens.{key}={value}, but tokenizer {data.tokenizer!r} has "
-                                  f"{found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
+                raise ConfigError(f"stages.{name}.model.instruction_tokens.{key}=-1 is the instruction tokenizer's, and data.instruction_tokenizer is ''; "
+                                  f"nearest: {data.tokenizer!r}")
+    elif "instruction_tokens" in stage_config.model:
+        ids = {"bos": instruction_tokenizer.bos_id, "eos": instruction_tokenizer.eos_id, "pad": instruction_tokenizer.pad_id}
+        fill_tokens(stage_config.model.instruction_tokens, instruction_tokenizer, ids, f"stages.{name}.model.instruction_tokens", data.instruction_tokenizer)
     if tokenizer is not None and "model" in stage_config:
         with stage_config.model.unlocked(), stage_config.model.ignore_type():
             if stage_config.model.get("answers"):
                 stage_config.model.update(listed_answers(stage_config.model.answers, tokenizer, data, f"stages.{name}"))
             if "pieces" in stage_config.model:
                 stage_config.model.pieces = tuple(tokenizer.continuing)
+            if isinstance(stage_config.model.get("prompt"), str):
+                marks = {tokenizer.bos_id, tokenizer.eos_id}
+                stage_config.model.prompt = tuple(i for i in tokenizer.encode(stage_config.model.prompt) if i not in marks)
     if stage_config.system not in system_names():
         raise ConfigError(f"stages.{name}.system={stage_config.system!r} is not a system"
                           f"{nearest(stage_config.system, system_names())}")
@@ -291,8 +379,25 @@ def resolve(stage_config: ConfigDict, name: str, tokenizer: Any = None) -> Stage
     if stage_config.lora:
         adapters = configs.call(lora.Adapters, stage_config.lora, f"stages.{name}.lora")
         system = configs.call(lora.adapt, {}, f"stages.{name}.lora", system, adapters)
-    system = configs.call(narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
-    return Stage(name, stage_config, data, tokenizer, system, adapters)
+    system = configs.call(narrow.narrow, {}, f"stages.{name}", system, tuple(stage_config.trainable), stage_config.frozen_dtype)
+    return Stage(name, stage_config, data, tokenizer, system, adapters, instruction_tokenizer)
+
+
+def fill_tokens(section: ConfigDict, tokenizer: Any, ids: Mapping[str, int | None], where: str, name: str) -> None:
+    """Puts a tokenizer's ids where a section says -1; a key that it does not know is a row of its own behind its vocabulary. Raises ConfigError where they
+    differ."""
+    found = dict(ids)
+    if getattr(tokenizer, "mask_id", None) is not None:
+        found["mask"] = tokenizer.mask_id
+    rows = max(tokenizer.vocab_size, *(1 + i for i in ids.values() if i is not None))     # a mark may be a row that the vocabulary has not
+    own = [key for key in sorted(section) if key != "vocab" and key not in found]     # such as BLIP's [DEC] and [ENC]
+    found |= {key: rows + i for i, key in enumerate(own)}
+    found["vocab"] = rows + len(own)
+    for key, value in section.items():
+        if value == -1:
+            section[key] = found[key]
+        elif value != found[key] and not (key == "vocab" and value > found[key]):    # a table may be padded
+            raise ConfigError(f"{where}.{key}={value}, but tokenizer {name!r} has {found[key]}; nearest: {found[key]} (or -1 to take the tokenizer's)")
 
 
 def listed_answers(answers: str | tuple[str, ...], tokenizer: Any, data: Data, where: str) -> dict[str, Any]:
@@ -392,8 +497,8 @@ INHERIT = "init"      # as ``model``: that of the weights which the stage starts
 
 
 def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
-    """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length,
-    tokenizer, eval_augment and text_clean where they say 0 or "". A key of ``model`` that says "init" has the origin's whole model, of whatever
+    """The section of a stage. With model="init" it has the model of its first origin, and so have data.size, length, tokenizer, eval_augment,
+    text_clean, and how text is laid out, where they say 0 or "". A key of ``model`` that says "init" has the origin's whole model, of whatever
     system: a teacher. Raises ConfigError for an origin that is of another system than it must be."""
     section = ConfigDict(configs.to_plain(config.stages[name]))
     plain = configs.to_plain(section)
@@ -407,13 +512,13 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
                           "nearest: init=@pretrain, or a trained or imported directory")
     if found[0].startswith("@") and found[0][1:] in config.stages:
         origin = inherit(config, workdir, found[0][1:])
-        tokenizer = origin.data.tokenizer
+        tokenizer, other = origin.data.tokenizer, origin.data.get("instruction_tokenizer", "")
         if pieces(origin):
             tokenizer = str(folder_of(config, workdir, found[0][1:]) / "tokenizer")
     else:
         folder = origin_folder(config, workdir, found[0])
         origin = configs.from_json((folder / "config.json").read_text())
-        tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").exists() else ""
+        tokenizer, other = (str(folder / kept) if (folder / kept).exists() else "" for kept in ("tokenizer", "instruction_tokenizer"))
     if parts:
         return ConfigDict({**plain, "model": {**model, **{key: configs.to_plain(origin.model) for key in parts}}})
     if origin.system != section.system:
@@ -421,6 +526,9 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
                           f"nearest: --config=configs/{origin.system}.py")
     given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""),
                  text_clean=origin.data.get("text_clean", ""))
+    if (plain["data"].get("layout") or origin.data.get("layout", "plain")) != "plain":
+        given |= {key: configs.to_plain(origin.data[key]) for key in ("layout", "prompt_length", "instruction_length", "marks") if key in origin.data}
+        given["instruction_tokenizer"] = other
     data = {**plain["data"], **{key: plain["data"].get(key) or value for key, value in given.items()}}
     return ConfigDict({**plain, "model": configs.to_plain(origin.model), "data": data})
 
@@ -445,10 +553,11 @@ def init_rules(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> list[
         folder, source = origin_folder(config, workdir, rule.rstrip(":")), rule.rstrip(":") + ":"
         record = folder / "import.json"
         resize = json.loads(record.read_text())["resize"] if record.exists() else "resize_positions"
-        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
-            if any(re.fullmatch(positions, path) for path in stage.plan.shapes):
-                rules.append((positions, source, how))
         adopted = adoption(stage, folder, rule)
+        for positions, how in (("image/(.*/)?position_embed", resize), ("(.*/)?position_bias/image", "resize_relative_positions")):
+            held = [path for path in stage.plan.shapes if re.fullmatch(positions, path)]
+            if any(adopted is None or any(re.fullmatch(target, path) for target, *_ in adopted) for path in held):
+                rules.append((positions, source, how))
         if adopted is None:
             rules.append((NO_ADAPTER, source, "copy"))
         else:      # a rule for a part that this model lacks says nothing
@@ -492,8 +601,13 @@ def init_carry(config: ConfigDict, stage: Stage, workdir: pathlib.Path) -> dict[
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All leaves a model needs (parameters and statistics): the stage's result where it chose one (``Select``), else
-    its newest good checkpoint; the averaged weights where there are some, adapters merged. Raises ConfigError."""
-    return lora.merge(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
+    its newest good checkpoint; the averaged weights where there are some, int8 widened, adapters merged. Raises ConfigError."""
+    return whole(read_leaves(folder, RESULT if (folder / RESULT).exists() else "checkpoints"))
+
+
+def whole(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves as they were trained -> those of the model without adapters and int8 kernels."""
+    return lora.merge(narrow.restore(leaves))
 
 
 def read_carry(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,6 +64,13 @@ def keep_carry(carry: Carry, update: Any) -> Carry:
     return carry
 
 
+class Cacheable(NamedTuple):
+    """parameters: a regex over the paths of all parameters that ``compute`` reads; where none of them trains, its results may be kept.
+    compute: (variables, batch with images) -> arrays [b, ...] by the name that the loss looks for."""
+    parameters: str
+    compute: Callable[[Variables, Batch], dict[str, jax.Array]]
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
     """model: linen module with named methods and no loss in them.
@@ -74,6 +81,7 @@ class System:
     init_carry, next_carry, carry_axes: momentum copies and queues; ``carry_axes`` maps a regex
     over carry paths to logical axes (a leaf under ``teacher/`` inherits the axes it shadows).
     papers: arXiv ids of what to cite.
+    cacheable: what the loss takes from its batch instead of images where it is there.
     adopt: name of another system -> rules (``weight_rules``; sources are that system's paths, "" the target's own) by which a stage whose
     ``init`` names weights of it starts from them: a head's stage from a pre-trained model. What no rule fills is fresh.
     """
@@ -85,4 +93,5 @@ class System:
     next_carry: Callable[[Carry, Any], Carry] = keep_carry
     carry_axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     papers: tuple[str, ...] = ()
+    cacheable: Cacheable | None = None
     adopt: Mapping[str, tuple[tuple[str, str, str], ...]] = dataclasses.field(default_factory=dict)

@@ -4,7 +4,8 @@ A rule is ``(target, source, how)``: ``target`` a regex over whole target paths,
 template that the match expands ("\\\\1"), ``how`` the transformation. The first matching rule
 wins. In a template, "{layer}" stands for each layer of a stacked leaf (they are joined along its
 first axis; "{layer+6}" counts from 6, "{layer*2+6}" by twos), a final "[1/3]" for the second of three equal parts of the source along its
-first axis (torch keeps query, key and value in one matrix), and a final "[6..12]" for those rows of it: layers of a stack, parts of a table.
+first axis (torch keeps query, key and value in one matrix), and a final "[6..12]" for those rows of it: layers of a stack, parts of a table;
+"[1..:2]" for every second row from the second on (by ``init`` alone, it has no way back).
 
 ``apply`` serves a stage's ``init``; ``import_leaves`` and ``export_leaves`` read one table of
 rules forwards and backwards. Totals are checked: a rule that matches nothing, a target that nothing
@@ -24,7 +25,7 @@ from vlm_jax.errors import ConfigError, nearest
 Rule = tuple[str, str, str]
 FRESH = "fresh"
 LAYER = re.compile(r"\{layer(?:\*(\d+))?(?:\+(\d+))?\}")
-ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)\]")
+ROWS = re.compile(r"(.*)\[(\d+)\.\.(\d*)(?::(\d+))?\]")
 
 
 # ---- tables of positions -----------------------------------------------------------------------
@@ -34,13 +35,14 @@ def resize_grid(table: np.ndarray, length: int, kernel: str = "antialias") -> np
 
     ``kernel`` "antialias": bicubic (a = -0.5) with antialias and renormalised weights, as open_clip does on
     load (open_clip ``pos_embed.py``); "border": bicubic (a = -0.75) without antialias, samples past the border
-    clamped to it (transformers ``interpolate_pos_encoding``). Raises ValueError where a side is not a square.
+    clamped to it (transformers ``interpolate_pos_encoding``); "corners": the same with the corners of both grids on each other
+    (LAVIS ``clip_vit.py``). Raises ValueError where a side is not a square.
     """
     extra, old = _grid_side(table.shape[0])
     extra_new, new = _grid_side(length)
     if extra != extra_new:
         raise ValueError(f"a table of {table.shape[0]} positions does not resize to {length}: only one has a class row, or dead rows before it")
-    weights = _antialiased(old, new) if kernel == "antialias" else _clamped(old, new)
+    weights = _antialiased(old, new) if kernel == "antialias" else _clamped(old, new, kernel == "corners")
     grid = table[extra:].reshape(old, old, -1).astype(np.float64)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
     return np.concatenate([table[:extra], grid.astype(table.dtype)])
@@ -67,8 +69,8 @@ def _antialiased(old: int, new: int) -> np.ndarray:
     return w / w.sum(1, keepdims=True)
 
 
-def _clamped(old: int, new: int) -> np.ndarray:
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+def _clamped(old: int, new: int, corners: bool = False) -> np.ndarray:
+    centre = np.arange(new) * ((old - 1) / max(new - 1, 1)) if corners else (np.arange(new) + 0.5) * (old / new) - 0.5
     taps = np.floor(centre)[:, None] + np.arange(-1, 3)
     out = np.zeros((new, old))
     np.add.at(out, (np.arange(new)[:, None], np.clip(taps, 0, old - 1).astype(int)), _cubic(centre[:, None] - taps, -0.75))
@@ -130,6 +132,11 @@ def _grow(x, shape):
     return np.concatenate([x, np.repeat(x.mean(0, keepdims=True), extra, 0)])
 
 
+def _grow_columns(x, shape):
+    """A larger vocabulary's head [width, vocab]: new columns are the mean of the old ones."""
+    return _grow(x.T, shape[::-1]).T
+
+
 def _grow_last(x, shape):
     """A larger table: new rows are copies of the last one."""
     extra = shape[0] - x.shape[0]
@@ -182,8 +189,10 @@ HOW: Mapping[str, How] = {
     "class_row": How(_reshape, lambda x: x[None, None]),                                          # [1, 1, d] -> [d]
     "batched_resize_positions_border": How(lambda x, shape: _if_needed(lambda y, n: resize_grid(y, n, "border"))(x[0], shape), lambda x: x[None]),
     "resize_positions_border": How(_if_needed(lambda x, n: resize_grid(x, n, "border")), _same),
+    "resize_positions_corners": How(_if_needed(lambda x, n: resize_grid(x, n, "corners")), _same),
     "resize_text_positions": How(_if_needed(resize_sequence), _same),
     "grow": How(_grow, _same),
+    "grow_columns": How(_grow_columns, _same),
     "grow_last": How(_grow_last, _same),
     "first_rows": How(lambda x, shape: x[:shape[0]], _same),
     "relative_positions": How(_relative, _relative_back),
@@ -232,7 +241,7 @@ def value(path: str, shape: Sequence[int], template: str, how: str, sources: Map
             raise ConfigError(f"{where}: {path} wants {name!r}, which the source lacks{nearest(name, sources, 5)}")
         x = np.asarray(sources[name])
         if rows:
-            x = x[int(rows[2]):int(rows[3]) if rows[3] else None]
+            x = x[int(rows[2]):int(rows[3]) if rows[3] else None:int(rows[4] or 1)]
         try:
             if parts > 1:
                 if not x.ndim or x.shape[0] % parts:

@@ -8,9 +8,10 @@ preprocessing has it. Filters are bicubic with antialiasing (Pillow's own).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,34 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     whose EXIF data say that the camera was turned is turned upright (the CLIP lineage's loaders leave it lying). Raises BadSample: "empty_image", "not_an_image",
     "too_many_pixels" (told from the header, before any pixel is decoded), "truncated_image", "broken_image".
     """
+    with _opened(data, max_pixels) as image:
+        return _upright(image)
+
+
+def decode_frames(data: bytes, which: Callable[[int], Iterable[int]], max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    """The frames ``which(how many there are)`` of an animation (GIF, WebP), as ``decode`` gives them; of a picture that does not move, itself alone.
+
+    Raises BadSample as ``decode`` does.
+    """
+    frames = []
+    with _opened(data, max_pixels) as image:
+        count = getattr(image, "n_frames", 1)
+        for number in which(count) if count > 1 else (0,):
+            image.seek(number)
+            frames.append(_upright(image).copy())      # the image itself goes on to the next frame
+    return frames
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose pixels are not yet decoded; what is wrong with it, then or within, is a BadSample."""
     if not data:
         raise BadSample("empty_image")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise BadSample("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
-        image.load()
-        if "exif" in image.info and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
-            image = image.transpose(turn)
-        return _flatten(image)
+        yield image
     except Image.UnidentifiedImageError:
         raise BadSample("not_an_image", f"starts with {data[:16]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -52,6 +71,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BadSample("truncated_image" if "truncated" in str(error) else "broken_image", str(error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    if "exif" in image.info and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
+        image = image.transpose(turn)
+    return _flatten(image)
 
 
 def to_image(picture: Any) -> Image.Image:
@@ -206,8 +232,32 @@ def rand_augment(image, rng, n: int, m: float, p: float = 0.5):
     return image
 
 
+# ---- erasing
+
+def random_erasing(image, rng, p: float = 0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), mean: float = 0.5, std: float = 0.5):
+    """With probability ``p`` noise in a rectangle of ``area`` of the image and ``ratio`` height:width (arXiv 1708.04896, in timm's mode "pixel"): each
+    value by itself from N(mean, std), of 1 = white, cut to what a pixel can be."""
+    if rng.random() >= p:
+        return image
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target = rng.uniform(*area) * image.width * image.height
+        aspect = math.exp(rng.uniform(low, high))
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w < image.width and 0 < h < image.height:
+            left, top = int(rng.integers(0, image.width - w + 1)), int(rng.integers(0, image.height - h + 1))
+            noise = (255 * (mean + std * rng.standard_normal((h, w, 3)))).clip(0, 255).astype(np.uint8)
+            image = _rgb(image).copy()
+            image.paste(Image.fromarray(noise), (left, top))
+            break
+    return image
+
+
 OPS: Mapping[str, Callable] = {f.__name__: f for f in (
-    resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment)}
+    resize, squash, center_crop, random_crop, random_resized_crop, pad, flip, color_jitter, grayscale, rand_augment,
+    random_erasing)}
+
+FIXED = ("resize", "squash", "center_crop", "pad")
 
 
 class Chain:
@@ -230,6 +280,11 @@ class Chain:
 
     def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
         return np.asarray(self.apply(image, rng))
+
+    @property
+    def drawn(self) -> list[str]:
+        """The operations that draw numbers: without any, a picture always comes out the same."""
+        return [function.__name__ for function, _ in self._calls if function.__name__ not in FIXED]
 
     def apply(self, image: Any, rng: np.random.Generator) -> Image.Image:
         """The result as a Pillow image of mode RGB."""

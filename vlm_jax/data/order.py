@@ -13,7 +13,8 @@ import numpy as np
 
 MAX_SAMPLES = 2**40
 ROUNDS = 8
-MIXTURE_PERIOD = 4096  # positions after which every stream of a mixture has had its exact share
+MIXTURE_PERIOD = 4096  # positions after which every stream of a mixture has had its exact share; doubled for small shares
+LONGEST_PERIOD, SHARE_ERROR = 2**16, 0.004
 _U64 = np.uint64
 _STEP, _FIRST, _SECOND = _U64(0x9E3779B97F4A7C15), _U64(0xBF58476D1CE4E5B9), _U64(0x94D049BB133111EB)   # SplitMix64's
 _30, _27, _31 = _U64(30), _U64(27), _U64(31)
@@ -124,7 +125,8 @@ class Order:
 class MixtureOrder:
     """Several orders read side by side with fixed shares.
 
-    Shares are rounded to 1/4096 (at least 1/4096 each) and met exactly in every 4096 positions; which
+    Shares are rounded to 1/4096 (at least 1/4096 each) and met exactly in every 4096 positions; where that is more than 0.4% off a small
+    share, to 1/8192, and so on to 1/65536. Which
     stream serves a position, and how often it served before, follow from (seed, position), so each
     stream runs through its own exact epochs. Indices count through the streams' concatenation.
     """
@@ -135,9 +137,13 @@ class MixtureOrder:
             raise ValueError(f"a mixture of {len(orders)} streams needs as many positive weights, not {list(weights)}")
         self.orders, self.seed = list(orders), seed
         self.n = sum(o.n for o in orders)
-        self.slots = _share(weights / weights.sum(), MIXTURE_PERIOD)
+        shares, self.period = weights / weights.sum(), MIXTURE_PERIOD
+        self.slots = _share(shares, self.period)
+        while self.period < LONGEST_PERIOD and np.any(np.abs(self.slots - shares * self.period) > SHARE_ERROR * shares * self.period):
+            self.period *= 2
+            self.slots = _share(shares, self.period)
         streams = np.repeat(np.arange(len(orders)), self.slots)
-        pattern = streams[permute(np.arange(MIXTURE_PERIOD), MIXTURE_PERIOD, hash64(seed, 4)).astype(np.int64)]
+        pattern = streams[permute(np.arange(self.period), self.period, hash64(seed, 4)).astype(np.int64)]
         self._pattern = np.concatenate([pattern, pattern])
         hits = self._pattern == np.arange(len(orders))[:, None]
         self._before = np.concatenate([np.zeros((len(orders), 1), np.int64), np.cumsum(hits, axis=1)], axis=1)
@@ -145,8 +151,8 @@ class MixtureOrder:
 
     def stream(self, positions) -> tuple[np.ndarray, np.ndarray]:
         """(stream number, position within that stream), both int64 of the shape of ``positions``."""
-        period, slot = np.divmod(np.asarray(positions, np.int64), MIXTURE_PERIOD)
-        turn = (hash64(self.seed, period, 5) % _U64(MIXTURE_PERIOD)).astype(np.int64)  # no two periods alike
+        period, slot = np.divmod(np.asarray(positions, np.int64), self.period)
+        turn = (hash64(self.seed, period, 5) % _U64(self.period)).astype(np.int64)  # no two periods alike
         stream = self._pattern[slot + turn]
         rank = self._before[stream, slot + turn] - self._before[stream, turn]
         return stream, period * self.slots[stream] + rank

@@ -45,8 +45,8 @@ class ParquetSource(RecordSource):
             footers = list(pool.map(_footer, self.paths))
         schema = footers[0][0]
         features = _features(schema)
-        self.image = image or _image_column(schema, features) or ""
-        if not self.image:
+        self.image = (_image_column(schema, features) or "") if image is None else image
+        if image is None and not self.image:
             raise ValueError(f"{name}: no column holds images (looked for {', '.join(IMAGE_NAMES)}, and columns of bytes); "
                              f"its columns are {', '.join(schema.names)}")
         if label is None:
@@ -61,15 +61,15 @@ class ParquetSource(RecordSource):
         super().__init__(name, caption, label, classes, answer)
         self._text = list(dict.fromkeys(field.path.split("/")[0] for field in self.fields()))
         for path, (other, _) in zip(self.paths, footers):
-            for column in (self.image, *self._text):
+            for column in filter(None, (self.image, *self._text)):
                 if column not in other.names:
                     lacking = sum(column not in names.names for names, _ in footers)
                     raise ValueError(f"{path} has no column {column!r}{and_more(lacking)}{nearest(column, other.names)}")
-        kind = schema.field(self.image).type
-        if not _holds_image(kind):
+        kind = schema.field(self.image).type if self.image else None
+        if kind is not None and not _holds_image(kind):
             raise ValueError(f"{name}: the column {self.image!r} is {kind}, which holds no images; give a column of bytes, of paths, or of "
                              f"both{nearest(self.image, [c for c in schema.names if _holds_image(schema.field(c).type)])}")
-        self._by_path = _is_text(kind)
+        self._by_path = kind is not None and _is_text(kind)
         self._others = [c for c in schema.names if c != self.image and (c in self._text or not _has_bytes(schema.field(c).type))]
         groups = [(file, group, rows) for file, (_, counts) in enumerate(footers) for group, rows in enumerate(counts)]
         self._file, self._group = (np.array([g[k] for g in groups], np.int32) for k in (0, 1))
@@ -104,6 +104,8 @@ class ParquetSource(RecordSource):
         if kinds is not None:
             table, row = self._table(i, tuple(self._text))
             return {"json": table.slice(row, 1).to_pylist()[0]}
+        if not self.image:
+            raise BadSample("missing_image", "no column of images was named")
         table, row = self._table(i, (self.image, *self._others))
         record = {"json": table.select(self._others).slice(row, 1).to_pylist()[0]}
         value = table.column(self.image)[row].as_py()

@@ -139,7 +139,7 @@ class RecordSource:
 
     Raw sample: {"key": str, "image": bytes or uint8 [h,w,3] or None, "text": list of captions,
     "text_weight": list of their drawing weights, "label": int (with ``label``), "json": dict (where a field
-    came from one)}. Where a record has several images, "images" lists them all, and "image" is the first. Where it
+    came from one)}. Where a record has several images, "images" lists them all, and "image" is the first; "frames" are those of a video. Where it
     has answers (with ``answer``): "all_answers" as they were given, "answers" each once, "answer_weights" its share of all, the likeliest
     first; "kind" and "question_id" of the question where the record says them.
     Reading a sample that cannot be used raises BadSample.
@@ -181,8 +181,7 @@ class RecordSource:
         record = self.record(i)
         texts, weights = self._read_captions(record)
         sample = {"key": self.key(i), "image": record.get("image"), "text": texts, "text_weight": weights}
-        if "images" in record:
-            sample["images"] = record["images"]
+        sample |= {key: record[key] for key in ("images", "frames") if key in record}
         if self.label:
             sample["label"] = self._label_id(field_value(record, self.label))
         if self.answer:

@@ -124,7 +124,7 @@ def _relation(dx: float, dy: float) -> str:
     return "above" if dy < 0 else "below"
 
 
-_STREAMS = ("scene", "picture", "caption", "questions", "swaps", "noise", "tasks")
+_STREAMS = ("scene", "picture", "caption", "questions", "swaps", "noise", "tasks", "instruct")
 
 
 def stream(split: str, index: int, purpose: str, seed: int = 0) -> random.Random:

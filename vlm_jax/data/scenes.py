@@ -1,15 +1,16 @@
 """The embedded data set ``scenes``: procedural pictures with captions, questions and boxes, by index.
 
     source = open_scenes("train")      # also val, test, heldout_pair, heldout_triple, objects, longtail, noisy
-    source = open_scenes("train/vqa")  # of any split: SPLIT/vqa, SPLIT/entailment, SPLIT/pairs
+    source = open_scenes("train/vqa")  # of any split: SPLIT/vqa, SPLIT/entailment, SPLIT/pairs, SPLIT/instruct, SPLIT/caption+count, SPLIT/text
     source[0]                          # {"key", "image" [64, 64, 3], "text": [caption], "json": ...}
 
 The description of a scene is in `scene`, its picture in `scene_picture`, its words in `scene_text`,
-the tasks in `scene_tasks`.
+the tasks in `scene_tasks`, instructions in `scene_instruct`.
 
     python -m vlm_jax.data.scenes show --out=page.png            # a page of pictures with captions
     python -m vlm_jax.data.scenes speed                          # samples a second on one core
-    python -m vlm_jax.data.scenes tokenizer --out=scenes.model   # rebuilds the committed SentencePiece model
+    python -m vlm_jax.data.scenes tokenizer --out=scenes.model   # rebuilds the committed SentencePiece models
+    python -m vlm_jax.data.scenes tokenizer --out=scenes_instruct.model --instruct
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vlm_jax.data import scene_tasks
+from vlm_jax.data import scene_instruct, scene_tasks, templates
 from vlm_jax.data.fingerprint import digest, spread
 from vlm_jax.data.scene import (
     CLASSES,
@@ -56,6 +57,7 @@ __all__ = ["CLASSES", "RELATIONS", "SPLITS", "Facts", "Question", "Scene", "Scen
            "boxes", "canonical", "caption", "judge", "make_scene", "open_scenes", "parse", "questions", "render",
            "render_batch", "swaps", "train_tokenizer", "vocabulary"]
 
+INSTRUCT = "instruct"
 TOKENIZER = pathlib.Path(__file__).parent / "assets" / "scenes.model"
 LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "heldout_pair": 1000, "heldout_triple": 1000,
            "objects": 1050, "longtail": 10_000_000}
@@ -104,17 +106,22 @@ class Scenes:
             if is_false(scene, text):
                 return text, "other"
 
+    def _texts(self, i: int, scene: Scene) -> list[str]:
+        if self.split in TRAINING or self.noise:
+            return [self.caption(i, scene)[0]]
+        return [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
+
+    def read_text(self, i: int) -> list[str]:
+        """The captions of sample `i`, without its picture."""
+        return self._texts(i, self.scene(i))
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene = self.scene(i)
         sample: dict[str, Any] = {"key": self.key(i), "image": render(scene, self.size)}
         sample["json"] = {"objects": [_facts(thing) for thing in scene.objects]}
-        if self.split in TRAINING or self.noise:
-            text, wrong = self.caption(i, scene)
-            sample["text"] = [text]
-            if self.noise:
-                sample["json"]["noise"] = wrong
-        else:
-            sample["text"] = [caption(scene, canonical_share=0.0), canonical(scene)][self.canonical_share == 1:]
+        sample["text"] = self._texts(i, scene)
+        if self.noise:
+            sample["json"]["noise"] = self.caption(i, scene)[1]
         if self.split == "objects":
             sample["label"] = class_of(scene)
         if "boxes" in self.views:
@@ -158,6 +165,9 @@ class SceneTasks(Scenes):
             return scene_tasks.question(scene).question, ""
         return (scene_tasks.statement(scene)[0] if self.task == "entailment" else self.pair(i).statement), ""
 
+    def _texts(self, i: int, scene: Scene) -> list[str]:
+        return [self.caption(i, scene)[0]]
+
     def pair(self, i: int) -> scene_tasks.Pair:
         return scene_tasks.pair(self.split, i, self.count)
 
@@ -181,6 +191,45 @@ class SceneTasks(Scenes):
                 "kind": asked.kind, "question_id": i}
 
 
+class SceneInstructions(Scenes):
+    """Instructions about the scenes of a split; see `open_scenes`."""
+
+    def __init__(self, split: str, task: str, size: int, count: int):
+        super().__init__(split, size, count, 0.5, (), 0.0)
+        self.tasks, self.name = scene_instruct.ALL if task == INSTRUCT else tuple(task.split("+")), f"scenes:{split}/{task}"
+
+    def asked(self, i: int) -> tuple[str, Scene, scene_instruct.Asked]:
+        self.scene(i)      # the index is checked
+        return scene_instruct.instruction(self.split, i, self.tasks)
+
+    def caption(self, i: int, scene: Scene) -> tuple[str, str]:
+        """What is asked and replied, in one line."""
+        _, _, asked = self.asked(i)
+        return " ".join(part for turn in (asked.turns or ((asked.prompt, asked.replies[0]),)) for part in turn), ""
+
+    def read_text(self, i: int) -> list[str]:
+        """All that a sample says, one text each."""
+        _, _, asked = self.asked(i)
+        return [part for turn in asked.turns for part in turn] or [*filter(None, [asked.prompt]), *asked.replies]
+
+    def read_answers(self, i: int) -> list[str]:
+        return list(self.asked(i)[2].replies)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        task, scene, asked = self.asked(i)
+        sample: dict[str, Any] = {"key": self.key(i), "kind": task, "question_id": i, "json": {"objects": [_facts(thing) for thing in scene.objects]}}
+        if task != "text":
+            sample["image"] = render(scene, self.size)
+        if asked.frames:
+            frames = scene_instruct.Frames(asked.frames.scene, asked.frames.mover, asked.frames.start, asked.frames.end, self.size)
+            sample |= {"frames": frames, "image": frames[0]}
+        if asked.turns:
+            return {**sample, "turns": list(asked.turns)}
+        sample |= {"prompt": asked.prompt, "text": list(asked.replies)} | ({"task": asked.task} if asked.task else {})
+        sample |= {"slots": dict(asked.slots)} if asked.slots else {}
+        return sample | ({"choices": list(asked.choices), "label": asked.label} if asked.choices else {})
+
+
 def _facts(thing: Thing) -> dict[str, Any]:
     return {"shape": thing.shape, "colour": thing.colour, "fill": thing.fill, "size": thing.size,
             "material": thing.material, "x": thing.x, "y": thing.y, "radius": thing.radius}
@@ -201,13 +250,16 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
 
     "SPLIT/TASK" is a task about the scenes of a split (`scene_tasks` says how they are made): "vqa" one question of each scene, with its
     `answers` and `kind`; "entailment" a statement with its label, one of ``ENTAILMENT``; "pairs" two scenes, `images`, and a statement about
-    both that is true or not. `canonical_share`, `views` and `noise` are of the captions and have no use there.
+    both that is true or not; "instruct" an instruction of any kind about one picture, with `prompt` and `text`, or `turns`; single tasks of
+    `scene_instruct`, or several joined by "+", the same of those alone. `canonical_share`, `views` and `noise` are of the captions and have no use there.
 
     Raises ValueError for an unknown split or view, and for a size, count or share out of range.
     """
     split, slash, task = split.partition("/")
-    if slash and task not in TASKS:
-        raise ValueError(f"scenes task {task!r} is not known{nearest(task, TASKS)}")
+    told = INSTRUCT if task == INSTRUCT else "+".join(name for name in task.split("+") if name in scene_instruct.TASKS)
+    if slash and task not in TASKS and (not task or task != told):
+        wrong = next(name for name in task.split("+") if name not in scene_instruct.TASKS)
+        raise ValueError(f"scenes task {wrong!r} is not known{nearest(wrong, (*TASKS, INSTRUCT, *scene_instruct.TASKS))}")
     if slash and (views or noise or split == NOISY):
         raise ValueError(f"scenes {split}/{task}: views={tuple(views)} and noise={noise:g} are of captions; nearest: '{SPLITS[0]}/{task}'")
     if split == NOISY:
@@ -226,8 +278,18 @@ def open_scenes(split: str, size: int = 64, count: int | None = None, canonical_
         raise ValueError(f"scenes canonical_share {canonical_share}: must be from 0 to 1")
     if not 0 <= noise < 1:
         raise ValueError(f"scenes noise {noise}: must be from 0 to below 1")
-    if slash:
+    if slash and task in TASKS:
         return SceneTasks(split, task, size, count)
+    if slash:
+        source = SceneInstructions(split, task, size, count)
+        alone = [name for name in source.tasks if name in scene_instruct.PAIRED]
+        if alone and split in ("objects", "longtail"):
+            raise ValueError(f"scenes {split}/{alone[0]} is about two objects, and its scenes hold one; nearest: 'train/{alone[0]}'")
+        kinds = {"video": "images=8", "text": "images=0"}
+        for name in set(kinds) & set(source.tasks):
+            if len(source.tasks) > 1:
+                raise ValueError(f"scenes {split}/{task}: {name!r} has batches of its own ({kinds[name]}); nearest: '{split}/{name}'")
+        return source
     return Scenes(split, size, count, canonical_share, views, noise)
 
 
@@ -244,16 +306,27 @@ def vocabulary(count: int = 4000) -> list[str]:
     return sorted(words)
 
 
-def train_tokenizer() -> bytes:
-    """A SentencePiece model in which each word of `vocabulary` is one token; letters and bytes do the rest.
+def instruct_vocabulary(count: int = 4000) -> list[str]:
+    """The words of `vocabulary`, of the templates for scenes, and of the instructions of the first `count` training scenes, sorted."""
+    words = set(vocabulary(count))
+    for task, listed in templates.TEMPLATES.items():
+        if task.startswith("scenes_"):
+            words |= {word for template in listed for word in re.findall("[a-z]+", re.sub(r"\{\w+\}", "", template.text))}
+    for task in scene_instruct.TASKS:
+        source = open_scenes(f"train/{task}")
+        words |= {word for i in range(count // 4) for text in source.read_text(i) for word in re.findall("[a-z]+", text)}
+    return sorted(words)
+
+
+def train_tokenizer(words: Sequence[str] | None = None, letters: str = string.digits + string.ascii_lowercase + ",.;?'-") -> bytes:
+    """A SentencePiece model in which each of `words` (by default those of `vocabulary`) is one token; letters and bytes do the rest.
 
     The ids: pad 0, bos 1, eos 2, unk 3, then the words, 256 bytes, letters and punctuation.
     """
     import sentencepiece
 
-    words = ["\u2581" + word for word in vocabulary()]
+    words = ["\u2581" + word for word in (vocabulary() if words is None else words)]
     # Given the words there is nothing to learn: the corpus only says which characters are pieces.
-    letters = string.digits + string.ascii_lowercase + ",.;?'-"
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([letters]), model_writer=model, model_type="unigram",
@@ -261,6 +334,11 @@ def train_tokenizer() -> bytes:
         byte_fallback=True, normalization_rule_name="identity", character_coverage=1.0, hard_vocab_limit=False,
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
     return model.getvalue()
+
+
+def train_instruct_tokenizer() -> bytes:
+    """The same for instructions: their words and signs too."""
+    return train_tokenizer(instruct_vocabulary(), string.digits + string.ascii_lowercase + ",.;:?'-()")
 
 
 # ---- the command line
@@ -318,6 +396,7 @@ def main() -> None:
     speed.add_argument("--size", type=int, default=64)
     tokenizer = commands.add_parser("tokenizer", help="rebuild the SentencePiece model")
     tokenizer.add_argument("--out", required=True)
+    tokenizer.add_argument("--instruct", action="store_true", help="that of instructions")
     args = parser.parse_args()
     if args.command == "show":
         contact_sheet(args.split, args.rows, args.columns, args.size, scale=max(1, 192 // args.size)).save(args.out)
@@ -325,7 +404,7 @@ def main() -> None:
         for name, value in measure(args.count, args.size).items():
             print(f"{name:20s} {value:8.0f}")
     else:
-        pathlib.Path(args.out).write_bytes(train_tokenizer())
+        pathlib.Path(args.out).write_bytes(train_instruct_tokenizer() if args.instruct else train_tokenizer())
 
 
 if __name__ == "__main__":

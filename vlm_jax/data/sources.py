@@ -7,9 +7,9 @@ import csv
 import hashlib
 import inspect
 import json
+import math
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,7 +17,10 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest, fingerprint
 from vlm_jax.data.folder import FolderSource
+from vlm_jax.data.frames import Frames
+from vlm_jax.data.json_index import scan
 from vlm_jax.data.parquet import ParquetSource
+from vlm_jax.data.published import PublishedSource
 from vlm_jax.data.record import (
     ANSWER_NAMES,
     CAPTION_NAMES,
@@ -33,11 +36,12 @@ from vlm_jax.data.split import Split, check_sides, parse_split
 from vlm_jax.data.tars import TarSource
 from vlm_jax.errors import nearest
 
-SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds")
+SCHEMES = ("scenes", "folder", "tars", "parquet", "jsonl", "csv", "tfds", "published")
+SHARES: Mapping[str, Callable[[int], float]] = {"sqrt": math.sqrt, "proportional": float, "uniform": lambda samples: 1.0}     # of a mixture's sources
 
 
 class TableSource(RecordSource):
-    """Rows that name an image file, or a list of them, relative to their own file. Key = that path, so rows about one image
+    """Rows that name an image file, or a list of them, or a folder of a video's frames, relative to their own file. Key = that path, so rows about one image
     share it; paths of several are joined by "+". A name without an extension may be that of a .jpg.
 
     The fields of the image, the caption and the answers are those of the usual names (``record.IMAGE_NAMES``, ``CAPTION_NAMES``,
@@ -52,12 +56,12 @@ class TableSource(RecordSource):
             beside = sorted(os.listdir(folder))[:20] if os.path.isdir(folder) else []
             raise FileNotFoundError(f"no file {path}{nearest(os.path.basename(path), beside) if beside else ''}")
         columns = self._open()
-        self.image = image or usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0]
+        self.image = usual(IMAGE_NAMES, columns) or IMAGE_NAMES[0] if image is None else image
         known = {"label": usual(LABEL_NAMES, columns) if classes else None, "answer": usual(ANSWER_NAMES, columns)}
         label, answer = (said or (f"json:{known[name]}" if known[name] else None) for name, said in (("label", label), ("answer", answer)))
         super().__init__(f"{scheme}:{path}", caption or f"json:{usual(CAPTION_NAMES, columns) or CAPTION_NAMES[0]}", label, classes, answer)
         for name in [self.image, *(field.path.split("/")[0] for field in self.fields())]:
-            if columns and name not in columns:
+            if columns and name and name not in columns:
                 raise ValueError(f"{self.name} has no column {name!r}{nearest(name, columns)}")
 
     def _open(self) -> list[str]:
@@ -89,6 +93,8 @@ class TableSource(RecordSource):
             if isinstance(names, list):
                 record["images"] = [self._image(str(name)) for name in names]
                 record["image"] = record["images"][0]
+            elif os.path.isdir(folder := os.path.join(os.path.dirname(self.path), str(names))):
+                record["frames"] = Frames(folder)
             else:
                 record["image"] = self._image(str(names))
         return record
@@ -107,7 +113,7 @@ class TableSource(RecordSource):
 class JsonlSource(TableSource):
     """One JSON object a line, or one list of objects, with the path of the image and the caption. Which fields there are is told by the first 64.
 
-    Only their offsets are kept in memory (8 bytes a line, 16 an object of a list).
+    Only their offsets are kept in memory (8 bytes a line, 20 an object of a list).
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None, label: str | None = None,
@@ -119,7 +125,8 @@ class JsonlSource(TableSource):
             head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
             if head[:1] == b"[":
-                self._start, self._end = _places_in_list(self.path, file.read())
+                places = scan(self.path, {"": lambda number, value: True})[""]
+                self._start, self._end = places.start, places.start + places.size
             else:
                 starts, at = array.array("q"), 0
                 for line in file:
@@ -170,25 +177,6 @@ class JsonlSource(TableSource):
                 yield self._key(file, i)
 
 
-_BETWEEN = re.compile(r"[\s,]*")
-
-
-def _places_in_list(path: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where the values of a JSON list begin and end, in bytes. Raises ValueError where it breaks off."""
-    text = content.decode("latin-1")      # a character a byte: JSON's own signs are never part of another character of UTF-8
-    decode, starts, ends = json.JSONDecoder().raw_decode, array.array("q"), array.array("q")
-    at = _BETWEEN.match(text, text.index("[") + 1).end()
-    while text[at:at + 1] != "]":
-        try:
-            _, end = decode(text, at)
-        except ValueError:
-            raise ValueError(f"{path} holds a JSON list that cannot be read at its value {len(starts)}, byte {at} of {len(text)}") from None
-        starts.append(at)
-        ends.append(end)
-        at = _BETWEEN.match(text, end).end()
-    return np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64)
-
-
 class CsvSource(TableSource):
     """A table with a header line (tab-separated where the name ends in .tsv), held in memory.
 
@@ -229,7 +217,7 @@ class TfdsSource(RecordSource):
         builder_name, _, split = name.partition(":")
         builder = tfds.builder(builder_name, data_dir=data_dir)
         features = builder.info.features
-        if image not in features:
+        if image and image not in features:
             raise ValueError(f"tfds:{builder_name} has no feature {image!r}{nearest(image, features)}")
         if label is None and "label" in features:
             label = "json:label"
@@ -245,7 +233,7 @@ class TfdsSource(RecordSource):
         super().__init__(f"tfds:{name}", caption, label, classes, answer)
         self.image, self._release = image, f"{builder.info.full_name}:{split or 'train'}"
         self._rows = builder.as_data_source(split=split or "train",
-                                            decoders={image: tfds.decode.SkipDecoding()})
+                                            decoders={image: tfds.decode.SkipDecoding()} if image else None)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -259,10 +247,10 @@ class TfdsSource(RecordSource):
 
     def record(self, i: int, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
         row = dict(self._rows[i])
-        image = row.pop(self.image)
+        image = row.pop(self.image, None)
         if self._classes and self.label and "class_name" not in row:
             row["class_name"] = self._classes[int(row[self.label.path])].replace("_", " ")
-        return {"json": row, "image": image if isinstance(image, (bytes, np.ndarray)) else bytes(image)}
+        return {"json": row, "image": image if image is None or isinstance(image, (bytes, np.ndarray)) else bytes(image)}
 
 
 class Mixture:
@@ -358,16 +346,19 @@ def check_splits(train: Any, held_out: Any) -> None:
     check_sides(*([part for part, _ in _parts(spec or ()) if isinstance(part, str)] for spec in (train, held_out)))
 
 
-def open_source(spec: Any, **options: Any) -> Any:
+def open_source(spec: Any, mixture: str = "", **options: Any) -> Any:
     """Opens a dataset.
 
     ``spec``: "folder:DIR" (texts beside images, or class folders), "tars:PATHS" and "parquet:PATHS" ({0000..0003}, {a,b}, globs, fsspec
-    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[:canonical]". "SPEC#train" and "SPEC#val" are the two sides of one
-    that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of 10%). A mixture is a tuple or list of these (or
-    of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
+    addresses), "jsonl:PATH", "csv:PATH", "tfds:NAME[/CONFIG][:SPLIT]", "scenes:SPLIT[/TASK][:canonical]", with ":1000" the first so many,
+    "published:SET:SPLIT:DIR" (a data set of ``published.SETS`` in its authors' files).
+    "SPEC#train" and "SPEC#val" are the two sides of one that has no splits of its own (``split``; "#train:5" and "#val:5" hold out 5% instead of
+    10%). A mixture is a tuple or list of these (or of open sources), or one string joined by ";", each with an optional "@WEIGHT" (all or none).
+    ``mixture``: a rule for the shares instead, of ``SHARES``: "sqrt" (the root of the number of samples: arXiv 2305.06500), "proportional"
+    to it, or "uniform"; "@FACTOR" multiplies what the rule gives a source.
     ``options`` (all but scenes): ``caption`` "txt" | "json:FIELD" | weighted "txt@1;json:title@2" | a template for the name of the class,
     "a photo of a {}"; ``label`` "json:FIELD"; ``classes`` (names by label id); ``answer`` "json:FIELD", with "@0.5" the weight of one that
-    stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image);
+    stands alone; jsonl, csv, parquet, tfds: ``image`` (field of the image, "" where none is to be looked for);
     tfds: ``data_dir``. Options that are None are left to the source.
 
     Raises ValueError for an unknown scheme or option (naming the nearest), FileNotFoundError for a missing file.
@@ -376,9 +367,16 @@ def open_source(spec: Any, **options: Any) -> Any:
     if isinstance(spec, (tuple, list)) or (isinstance(spec, str) and ";" in spec):
         pairs = _parts(spec)
         weights = [w for _, w in pairs if w is not None]
-        if not pairs or (weights and len(weights) != len(pairs)) or any(w <= 0 for w in weights):
+        if not pairs or (weights and len(weights) != len(pairs) and not mixture) or any(w <= 0 for w in weights):
             raise ValueError(f"mixture {spec!r}: give every part a positive @WEIGHT, or none")
-        return Mixture([open_source(s, **options) for s, _ in pairs], weights or None)
+        if mixture and mixture not in SHARES:
+            raise ValueError(f"mixture={mixture!r} is no rule of shares{nearest(mixture, SHARES)}")
+        parts = [open_source(s, **options) for s, _ in pairs]
+        if mixture:
+            weights = [SHARES[mixture](len(part)) * (1.0 if factor is None else factor) for part, (_, factor) in zip(parts, pairs)]
+        return Mixture(parts, weights or None)
+    if mixture:
+        raise ValueError(f"mixture={mixture!r} is a rule for several sources, {name_of(spec) if not isinstance(spec, str) else spec!r} is one; nearest: ''")
     if not isinstance(spec, str):
         return spec
     spec, side, held_out = parse_split(spec)
@@ -392,12 +390,16 @@ def open_source(spec: Any, **options: Any) -> Any:
         if side:
             raise ValueError(f"{spec}#{side}: scenes have splits of their own; nearest: 'scenes:{side}'")
         split, _, wording = rest.partition(":")
+        if wording.isdigit():
+            return open_scenes(split, count=int(wording))
         if wording not in ("", "canonical"):
             raise ValueError(f"{spec}: wording {wording!r} is not known; nearest: 'scenes:{split}:canonical'")
         return open_scenes(split, canonical_share=1.0 if wording else 0.5)
     kind = {"folder": FolderSource, "tars": TarSource, "parquet": ParquetSource, "jsonl": JsonlSource, "csv": CsvSource,
-            "tfds": TfdsSource}[scheme]
+            "tfds": TfdsSource, "published": PublishedSource}[scheme]
     valid = list(inspect.signature(kind).parameters)[1:]
+    if options.get("image") == "" and "image" not in valid:
+        options = {k: v for k, v in options.items() if k != "image"}
     for name in options:
         if name not in valid:
             raise ValueError(f"{scheme}: sources have no option {name!r}{nearest(name, valid)}")

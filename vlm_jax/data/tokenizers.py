@@ -8,6 +8,7 @@ checkpoint carries its tokenizer. To train SentencePiece on a data set's own cap
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import html
@@ -28,6 +29,7 @@ CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 BYTES_FROM = 1000
 WORDS_KEPT = 2**16       # ids of words that CLIP's tokenizer remembers
 CLIP_PACKAGES = ("open_clip", "clip")
+SCENES = ("scenes", "scenes_instruct")
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
 
@@ -50,6 +52,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """All ids of a text, begin and end included, not shortened."""
         raise NotImplementedError
+
+    def body(self, text: str) -> list[int]:
+        """The ids of a text alone, without begin and end."""
+        return self.encode(text)[1:-1]
+
+    @functools.cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What ``encode`` puts before the ids of a text alone, and behind them."""
+        whole, own = self.encode("a"), self.body("a")
+        at = next(i for i in range(len(whole)) if whole[i:i + len(own)] == own)
+        return whole[:at], whole[at + len(own):]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are dropped, and so is what follows the first end."""
@@ -125,8 +138,10 @@ class SentencePieceTokenizer(Tokenizer):
         return [i for i in range(self.vocab_size) if not (p.is_control(i) or p.is_unknown(i) or p.id_to_piece(i).startswith("\u2581"))]
 
     def encode(self, text: str) -> list[int]:
-        ids = self._processor.encode(text)
-        return [*([] if self.bos_id is None else [self.bos_id]), *ids, *([] if self.eos_id is None else [self.eos_id])]
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.body(text), *([] if self.eos_id is None else [self.eos_id])]
+
+    def body(self, text: str) -> list[int]:
+        return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([i for i in self._until_end(ids) if i < self.vocab_size])     # a model's table may be longer
@@ -300,6 +315,9 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
 
+    def body(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Iterable[int]) -> str:
         text = self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True)
         end = getattr(self._tokenizer.model, "end_of_word_suffix", None)     # the library's decoder leaves CLIP's "</w>"
@@ -327,8 +345,9 @@ KINDS = {"sentencepiece": (SentencePieceTokenizer, "sentencepiece.model"), "xlmr
 
 
 def load(name: str) -> Tokenizer:
-    """Opens "scenes", "clip", "clip:PATH", "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt"
-    (a word-piece vocabulary, lower case), or a directory written by ``save``.
+    """Opens "scenes" (of captions and questions), "scenes_instruct" (with the words of instructions), "clip", "clip:PATH",
+    "sentencepiece:PATH.model", "xlmr:PATH.model" (the same with XLM-R's ids), "hf:PATH or hub id", "bert:VOCAB.txt" (a word-piece vocabulary, lower
+    case), or a directory written by ``save``.
 
     "clip" looks for the vocabulary inside an installed open_clip_torch or clip (which is not imported). A hub id is
     fetched through huggingface_hub where that is installed. Raises FileNotFoundError saying what is missing
@@ -338,8 +357,8 @@ def load(name: str) -> Tokenizer:
         return _load_saved(name)
     kind, colon, path = name.partition(":")
     path = os.path.expanduser(path)
-    if name == "scenes":
-        return SentencePieceTokenizer(_read(os.path.join(ASSETS, "scenes.model"), "the scenes' packaged tokenizer"))
+    if name in SCENES:
+        return SentencePieceTokenizer(_read(os.path.join(ASSETS, f"{name}.model"), "the scenes' packaged tokenizer"))
     if kind == "clip":
         return ClipTokenizer(_read(path, "CLIP's vocabulary") if path else _find_clip_vocabulary())
     if kind == "sentencepiece" and path:
@@ -350,7 +369,7 @@ def load(name: str) -> Tokenizer:
         return JsonTokenizer(_read_json(path))
     if kind == "bert" and path:
         return JsonTokenizer(_word_pieces(_read(path, "BERT's vocabulary")))
-    valid = ("scenes", "clip", "clip:PATH", "sentencepiece:PATH", "xlmr:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
+    valid = (*SCENES, "clip", "clip:PATH", "sentencepiece:PATH", "xlmr:PATH", "hf:PATH", "bert:VOCAB.txt", "a directory written by save")
     raise ValueError(f"tokenizer {name!r} is neither a known name nor a directory{nearest(name, valid)}")
 
 

@@ -12,7 +12,7 @@ from vlm_jax.decode import choose
 from vlm_jax.decode.cache import gather_rows
 from vlm_jax.errors import nearest
 
-RULES = ("log_probability", "open_clip", "transformers_4.15", "unilm")
+RULES = ("log_probability", "open_clip", "transformers_4.15", "transformers_4.33", "unilm")
 
 
 class _Beams(NamedTuple):
@@ -41,7 +41,8 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
     summed, not log-probabilities; the prompt counts as length; at ``max_length`` the running texts compete
     beside those that end there; a row closes by its best continuation, ended ones included.
     "transformers_4.15" ranks as that release does, with which BLIP's captions were made: as "open_clip", but
-    log-probabilities are summed, and the end does not count as length.
+    log-probabilities are summed, and the end does not count as length. "transformers_4.33" (BLIP-2, InstructBLIP) is the same, but a row closes by what its
+    best continuation would score with its new id counted.
     "unilm" ranks as microsoft/unilm's captioning does (beit3 ``engine_for_finetuning.py``): log-probabilities; the prompt and the end count as
     length; a text ends wherever an end comes before ``beams`` that run on; one ended text is kept, and a row closes when no running one could
     beat it if it were ``max_length`` - 1 long; texts are cut one id short of ``max_length``: the last id counts in the score, and an end stands in its place.
@@ -79,7 +80,7 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
         total, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, totals), beams)
         running = jnp.take_along_axis(text, best[:, :, None], axis=1)
 
-        counted = {"log_probability": position - start, "transformers_4.15": position - 1}.get(rule, position)
+        counted = {"log_probability": position - start, "transformers_4.15": position - 1, "transformers_4.33": position - 1}.get(rule, position)
         length = counted.astype(jnp.float32) ** length_penalty
         rows = first_row + jnp.take_along_axis(source, best, axis=1)
         if rule == "unilm":
@@ -92,7 +93,8 @@ def search(prefill: Callable, extend: Callable, prompt: jax.Array, *, beams: int
             return _Beams(position, running, total, ended, score, closed, state.cache), rows.reshape(-1)
         may_end = stops & (jnp.arange(totals.shape[1]) < beams) & ~state.closed[:, None]
         score, ended = best_of(state.score, state.ended, jnp.where(may_end, totals / length, -jnp.inf), text)
-        closed = state.closed | ((totals if theirs else total)[:, 0] / length <= score[:, -1])
+        attainable = position.astype(jnp.float32) ** length_penalty if rule == "transformers_4.33" else length
+        closed = state.closed | ((totals if theirs else total)[:, 0] / attainable <= score[:, -1])
         if theirs:
             whole = position.astype(jnp.float32) ** length_penalty
             score, ended = best_of(score, ended, jnp.where(last & ~closed[:, None], total / whole, -jnp.inf), running)

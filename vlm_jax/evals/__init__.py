@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.evals import caption, classify, codebook, grounding, matching, probe, rerank, retrieval, vqa, zeroshot
+from vlm_jax.evals import caption, choice, classify, codebook, grounding, matching, probe, rerank, retrieval, vqa, zeroshot
 from vlm_jax.evals.evaluation import Evaluation, write_items
 
 KINDS: Mapping[str, Callable[..., Evaluation]] = {
-    "caption": caption.evaluate, "classify": classify.evaluate, "codebook": codebook.evaluate, "grounding": grounding.evaluate, "matching": matching.evaluate,
+    "caption": caption.evaluate, "choice": choice.evaluate, "classify": classify.evaluate, "codebook": codebook.evaluate, "grounding": grounding.evaluate,
+    "matching": matching.evaluate,
     "probe": probe.evaluate, "rerank": rerank.evaluate, "retrieval": retrieval.evaluate, "vqa": vqa.evaluate, "zeroshot": zeroshot.evaluate}
+WITHOUT_TEXTS = ("codebook",)      # what looks at images alone: its batches need no texts, nor a tokenizer
 
 
 def run(kind: str, predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
@@ -28,4 +30,4 @@ def run(kind: str, predict: Mapping[str, Callable], batches: Iterable[Mapping[st
     return KINDS[kind](predict, batches, tokenizer=tokenizer, source=source, **options)
 
 
-__all__ = ["Evaluation", "KINDS", "run", "write_items"]
+__all__ = ["Evaluation", "KINDS", "WITHOUT_TEXTS", "run", "write_items"]

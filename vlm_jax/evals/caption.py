@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.evals import bootstrap, text_metrics
-from vlm_jax.evals.embed import embed_images, needs, one_image, real_rows, thumbnail
+from vlm_jax.evals.embed import asked, embed_images, needs, one_image, real_rows, side_by_side, single, thumbnail
 from vlm_jax.evals.evaluation import Evaluation, in_turn
 
 
@@ -23,7 +23,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     """Captions every image and compares with its references.
 
     Args:
-        predict: needs "generate"; "embed" too for the nearest-neighbour baseline.
+        predict: needs "generate", called with ``image``, and, where text is laid out, ``prompt`` and ``instruction``; "embed" too for the
+            nearest-neighbour baseline.
         batches: host batches with ``image`` and ``meta`` (``captions``, ``key``, ``index``).
         source: its ``judge(index, caption) -> {fact: bool}``, where it has one, checks the facts.
         train_batches: training samples in the same form, for the baselines.
@@ -46,19 +47,19 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     captions, scores, meta, thumbnails, embeds = [], [], [], [], []
     embed = predict.get("embed") if train_batches is not None else None
     for number, batch in enumerate(batches):
-        inputs = {"image": one_image(batch)}
+        inputs = asked(batch) if "prompt" in batch else {"image": one_image(batch)}
         if method == "sample":
             options["key"] = _key(seed, number)
         out = generate(inputs, **options)
         text, score = np.asarray(out["text"]), np.asarray(out["score"])
         rows = real_rows(batch)
         if embed:
-            embeds.append(np.asarray(embed(inputs)["image_embed"], np.float32)[[row for row, _ in rows]])
+            embeds.append(single(np.asarray(embed(inputs)["image_embed"], np.float32)[[row for row, _ in rows]]))
         for row, m in rows:
             captions.append(tokenizer.decode(text[row].tolist()).strip())
             scores.append(float(score[row]))
             meta.append(m)
-            thumbnails.append(thumbnail(batch["image"][row]) if len(meta) <= 40 * shown else None)
+            thumbnails.append(thumbnail(side_by_side(batch, row)) if len(meta) <= 40 * shown else None)
     if not meta:
         raise ConfigError("the caption evaluation source has no samples; nearest: a source of length 1 or more")
     references = [list(m.get("captions") or ()) for m in meta]
@@ -77,7 +78,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
             raise ConfigError("caption: the training samples given for the baselines have no captions")
         baselines["most_frequent"] = [_most_frequent([c for _, c in seen])] * len(meta)
         if train:
-            close = _nearest(np.concatenate(embeds), train.embeds[[row for row, _ in seen]])
+            close = _nearest(np.concatenate(embeds), train.means[[row for row, _ in seen]])
             baselines["nearest"] = [seen[i][1][0] for i in close]
     out = {"caption/images": float(len(meta))}
     measured = {name: _Measured(texts, references, meta, judge) for name, texts in baselines.items()}

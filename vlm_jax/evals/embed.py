@@ -47,14 +47,23 @@ def one_image(batch: Mapping[str, Any]) -> np.ndarray:
     return batch["image"]
 
 
+def asked(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What a question is, of a batch: its pictures, and the prompt (with the instruction) where text is laid out, else the text."""
+    text = ("prompt", "prompt_mask", "instruction", "instruction_mask") if "prompt" in batch else ("text", "text_mask")
+    return {name: batch[name] for name in ("image", "images", *text) if name in batch}
+
+
 def side_by_side(batch: Mapping[str, Any], row: int) -> np.ndarray:
-    """The image of a row [h,w,3], or its several images as one [h,n*w,3]."""
+    """The image of a row [h,w,3], or its several images as one [h,n*w,3]; a black one of text alone."""
+    if "images" not in batch and "image" not in batch:
+        return np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8)
     return np.concatenate(list(batch["images"][row]), axis=1) if "images" in batch else batch["image"][row]
 
 
 @dataclasses.dataclass
 class Images:
-    """embeds float32 [n,e]; meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
+    """embeds float32 [n,e], or [n,k,e] where an image has several vectors, of which the nearest to a text counts (``rank.similarity``);
+    meta: n records; thumbnails: the first GALLERY images; rows, length: batch shape;
     tokens [n,m,w]: image tokens, where they were asked for."""
     embeds: np.ndarray
     meta: list[dict[str, Any]]
@@ -62,6 +71,16 @@ class Images:
     rows: int
     length: int
     tokens: np.ndarray | None = None
+
+    @property
+    def means(self) -> np.ndarray:
+        """float32 [n,e]: one vector an image."""
+        return single(self.embeds)
+
+
+def single(embeds: np.ndarray) -> np.ndarray:
+    """[n,e] of [n,e] or [n,k,e]: the mean where an image has several vectors."""
+    return embeds.mean(1) if embeds.ndim == 3 else embeds
 
 
 def embed_images(embed: Callable, batches: Iterable[Mapping[str, Any]], features: Callable | None = None) -> Images:

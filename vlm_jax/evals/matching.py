@@ -12,7 +12,7 @@ from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import embed_images, embed_texts, needs
 from vlm_jax.evals.evaluation import Evaluation
 from vlm_jax.evals.pairs import match_scores, read_texts
-from vlm_jax.evals.rank import TIE, with_baselines
+from vlm_jax.evals.rank import TIE, similarity_of_pairs, with_baselines
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any, source: Any = None,
@@ -51,7 +51,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         margins["match"] = logits[:len(asked)] - logits[len(asked):]
     else:
         embeds, cut = embed_texts(embed, texts, tokenizer, length, images.rows)
-    margins["cosine"] = np.sum(images.embeds[owner] * (embeds[sides["true"]] - embeds[sides["false"]]), axis=1)
+    close = {side: similarity_of_pairs(images.embeds[owner], embeds[texts]) for side, texts in sides.items()}
+    margins["cosine"] = close["true"] - close["false"]
 
     scores = {"matching/images": float(len(np.unique(owner))), "matching/pairs": float(len(asked)), "matching/truncated": cut / len(texts)}
     for name, margin in margins.items():

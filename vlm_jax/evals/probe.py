@@ -51,8 +51,8 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         raise ConfigError(f"probe: label {max(fitted.max(), wanted.max())} is not one of the {len(names)} classes")
     if len(np.unique(fitted)) < 2:
         raise ConfigError(f"probe: the training samples have the label {names[fitted[0]]!r} alone; a probe needs two classes or more")
-    middle, spread = train.embeds.mean(0), train.embeds.std(0) + 1e-6
-    x, y = (train.embeds - middle) / spread, fitted
+    middle, spread = train.means.mean(0), train.means.std(0) + 1e-6
+    x, y = (train.means - middle) / spread, fitted
 
     held = _held_out(y)
     strength = strengths[0]
@@ -60,7 +60,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         tried = [(_predict(x[held], *fit(x[~held], y[~held], len(names), s, iterations)).argmax(1) == y[held]).mean() for s in strengths]
         strength = strengths[len(tried) - 1 - int(np.argmax(tried[::-1]))]        # the strongest of the best
     weights = fit(x, y, len(names), strength, iterations)
-    odds = _predict((test.embeds - middle) / spread, *weights)
+    odds = _predict((test.means - middle) / spread, *weights)
     best = odds.argmax(1)
     hits = best == wanted
     counts = np.bincount(y, minlength=len(names))

@@ -11,6 +11,21 @@ TIE = 1e-6                                                  # cosines closer tha
 CELLS = 1 << 25                                             # similarities held at a time
 
 
+def similarity(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """float [q,t]: products of [q,e] and [t,e]. Where the items of one side have several vectors each, [q,k,e] or [t,k,e], the largest of theirs counts."""
+    if queries.ndim == 3:
+        return (queries.reshape(-1, queries.shape[-1]) @ targets.T).reshape(*queries.shape[:2], -1).max(axis=1)
+    if targets.ndim == 3:
+        return (queries @ targets.reshape(-1, targets.shape[-1]).T).reshape(len(queries), *targets.shape[:2]).max(axis=2)
+    return queries @ targets.T
+
+
+def similarity_of_pairs(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """float [n]: ``similarity`` of row i of [n,e] or [n,k,e] with row i of [n,e]."""
+    products = np.einsum("...e,...e->...", images, texts[:, None] if images.ndim == 3 else texts)
+    return products.max(axis=1) if images.ndim == 3 else products
+
+
 def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]], top: int = 5
          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rank of each query's best right target: 1 + the wrong targets that score as high or higher.
@@ -19,7 +34,8 @@ def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]
     last, and not-a-number ranks last too. Other right targets never count.
 
     Args:
-        queries: float [q,e]. targets: float [t,e]. right: for each query its right targets, one or more.
+        queries: float [q,e]. targets: float [t,e]; those of one side may have several vectors (``similarity``). right: for each query its right
+            targets, one or more.
         top: how many best targets to return.
 
     Returns:
@@ -28,10 +44,11 @@ def rank(queries: np.ndarray, targets: np.ndarray, right: Sequence[Sequence[int]
     count, total = len(queries), len(targets)
     top = min(top, total)
     ranks, best, similar = np.empty(count, np.int64), np.empty((count, top), np.int64), np.empty((count, top))
-    step = max(1, CELLS // total)
+    several = max(x.shape[1] if x.ndim == 3 else 1 for x in (queries, targets))
+    step = max(1, CELLS // (total * several))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        scores = queries[part] @ targets.T
+        scores = similarity(queries[part], targets)
         order = np.argpartition(-scores, top - 1, axis=1)[:, :top]
         order = np.take_along_axis(order, np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable"), 1)
         best[part], similar[part] = order, np.take_along_axis(scores, order, 1)

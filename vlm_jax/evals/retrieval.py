@@ -16,6 +16,7 @@ from vlm_jax.evals.rank import (
     chance_median,
     chance_within,
     rank,
+    similarity,
     with_baselines,
 )
 
@@ -93,8 +94,8 @@ def _pictures(images: Images, captions, owner, text_embeds, right_images, querie
     gallery = len(images.thumbnails)
     shown = min(shown, gallery)
     first = [int(np.argmax(owner == i)) for i in range(shown)]
-    matrix = images.embeds[:shown] @ text_embeds[first].T
-    similarity = {"matrix": matrix, "images": images.thumbnails[:shown], "captions": [captions[c] for c in first]}
+    matrix = similarity(images.embeds[:shown], text_embeds[first])
+    shown_pairs = {"matrix": matrix, "images": images.thumbnails[:shown], "captions": [captions[c] for c in first]}
     neighbours, asked = [], set()
     for c in range(len(captions)):
         if len(neighbours) == queries or owner[c] >= gallery:
@@ -102,10 +103,10 @@ def _pictures(images: Images, captions, owner, text_embeds, right_images, querie
         if captions[c] in asked or any(owner[c] == n["owner"] for n in neighbours):
             continue
         asked.add(captions[c])
-        scores = images.embeds[:gallery] @ text_embeds[c]
+        scores = similarity(images.embeds[:gallery], text_embeds[c:c + 1])[:, 0]
         best = np.argsort(-scores, kind="stable")[:5]
         neighbours.append({"query": captions[c], "owner": owner[c], "images": [images.thumbnails[i] for i in best],
                            "scores": scores[best].tolist(), "right": [bool(i in right_images[c]) for i in best]})
     for n in neighbours:
         del n["owner"]
-    return {"similarity": similarity, "neighbours": neighbours}
+    return {"similarity": shown_pairs, "neighbours": neighbours}

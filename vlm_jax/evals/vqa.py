@@ -16,7 +16,7 @@ from vlm_jax.data.sources import name_of, read_answers
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.evals import bootstrap
 from vlm_jax.evals.answers import Given, normalise, plain
-from vlm_jax.evals.embed import needs, real_rows, side_by_side, thumbnail
+from vlm_jax.evals.embed import asked, needs, real_rows, side_by_side, thumbnail
 from vlm_jax.evals.evaluation import Evaluation, in_turn
 from vlm_jax.evals.rank import with_baselines
 
@@ -31,9 +31,9 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     """Answers every question, by ranking a list of answers or in the model's own words, and compares with what people answered.
 
     Args:
-        predict: needs "answer". Called with ``image``, ``text``, ``text_mask``, and to rank with ``candidates`` int32 [c,l] and
-            ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns ``answer`` int [b], the number
-            of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
+        predict: needs "answer". Called with ``image``, ``text``, ``text_mask`` (where text is laid out, ``prompt`` and ``instruction``), and to rank with
+            ``candidates`` int32 [c,l] and ``candidates_mask`` bool [c,l] too, and with ``method``, and ``k`` or the options of generating. Returns
+            ``answer`` int [b], the number of a candidate, or ``text`` int32 [b,m], ids as of captions; ``score`` [b].
         batches: host batches with ``image`` (or ``images``), ``text`` and ``meta`` (``answers`` as given, with repeats; ``key``, ``captions``).
         train_source: what the most frequent answers are counted in, without its images.
         method: "rank" or "generate". k: candidates that are scored in full, as the system chooses them.
@@ -69,8 +69,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
 
     said, score, meta, pictures = [], [], [], []
     for batch in batches:
-        inputs = {name: batch[name] for name in ("image", "images", "text", "text_mask") if name in batch}
-        out = {name: np.asarray(value) for name, value in answer({**inputs, **extra}, **options).items()}
+        out = {name: np.asarray(value) for name, value in answer({**asked(batch), **extra}, **options).items()}
         for row, m in real_rows(batch):
             if not m.get("answers"):
                 raise ConfigError(f"vqa: sample {m.get('key')!r} has no answers; name their field with data.answer, nearest: 'json:answer'")
@@ -79,7 +78,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
             else:
                 ids = out["text"][row].tolist()
                 said.append(tokenizer.decode(ids).strip())
-                cut += tokenizer.eos_id not in ids
+                cut += tokenizer.eos_id not in ids[ids[:1] == [tokenizer.bos_id]:]      # a begin may be the end too
             score.append(float(out["score"][row]))
             meta.append(m)
             pictures.append(thumbnail(side_by_side(batch, row)) if len(meta) <= 40 * shown else None)
@@ -105,7 +104,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
         scores |= with_baselines(f"vqa/accuracy/{kind}".rstrip("/"), each["accuracy"][of].mean(), each["chance"][of].mean(),
                                  bootstrap.mean_interval(each["accuracy"][of], units[of]), most_frequent=each["most_frequent"][of].mean())
 
-    questions = [(m.get("captions") or [""])[0] for m in meta]
+    questions = [m.get("question") or (m.get("captions") or [""])[0] for m in meta]
     items = [{"key": str(m.get("key", i)), "question": questions[i], "answer": said[i], "score": score[i], "accuracy": float(each["accuracy"][i]),
               "answers": m["answers"], **{name: m[name] for name in ("kind", "question_id") if name in m}} for i, m in enumerate(meta)]
     near = [i for i, picture in enumerate(pictures) if picture is not None]

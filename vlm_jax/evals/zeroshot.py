@@ -12,7 +12,7 @@ from vlm_jax.evals import bootstrap
 from vlm_jax.evals.embed import embed_images, embed_texts, needs
 from vlm_jax.evals.evaluation import Evaluation
 from vlm_jax.evals.prompts import templates as read_templates
-from vlm_jax.evals.rank import rank, with_baselines
+from vlm_jax.evals.rank import rank, similarity, with_baselines
 
 
 def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any]], *, tokenizer: Any,
@@ -89,7 +89,7 @@ def evaluate(predict: Mapping[str, Callable], batches: Iterable[Mapping[str, Any
     gallery = len(images.thumbnails)
     neighbours = []
     for c in np.argsort(-counts, kind="stable")[:queries]:
-        close = images.embeds[:gallery] @ weights[c]
+        close = similarity(images.embeds[:gallery], weights[c:c + 1])[:, 0]
         order = np.argsort(-close, kind="stable")[:5]
         neighbours.append({"query": names[c], "images": [images.thumbnails[i] for i in order],
                            "scores": close[order].tolist(), "right": [bool(labels[i] == c) for i in order]})

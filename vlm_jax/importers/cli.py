@@ -40,9 +40,11 @@ from vlm_jax.importers import (
     beit3,
     bert_tasks,
     blip,
+    blip2,
     card,
     eva,
     hf_bert,
+    hf_blip2,
     hf_clip,
     hf_llama,
     hf_opt,
@@ -62,10 +64,13 @@ from vlm_jax.importers.release import Hints, Release, read_json, settle
 
 RELEASES = {r.name: r for r in (openai_clip.RELEASE, open_clip.RELEASE, open_clip_coca.RELEASE, hf_clip.RELEASE, albef.RELEASE,
                                 blip.RELEASE, blip.FACE_RELEASE, *bert_tasks.RELEASES, hf_bert.RELEASE, timm_vit.RELEASE, eva.RELEASE,
-                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, vqkd.RELEASE, beit3.RELEASE, vlmo.RELEASE, vlmo.BEIT_RELEASE)}
+                                hf_opt.RELEASE, hf_llama.RELEASE, hf_t5.RELEASE, blip2.RELEASE, blip2.CLIP_RELEASE, hf_blip2.RELEASE,
+                                vqkd.RELEASE, beit3.RELEASE, vlmo.RELEASE, vlmo.BEIT_RELEASE)}
 EXPORTS = {name: r for name, r in RELEASES.items() if r.write_config}
-FAMILIES = ("albef", "blip", "hf_blip")
+# Layouts of a name's family, told apart by their tensors
+FAMILIES = {**dict.fromkeys(("albef", "blip", "hf_blip"), bert_tasks.tell), "blip2": blip2.tell}
 RECORD = "import.json"
+INDEX = "model.safetensors.index.json"      # in the files that a loader looks for: it reads shards
 DTYPES = ("float32", "bfloat16")
 
 
@@ -117,22 +122,34 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
                      layout.licence or stated or provenance.UNKNOWN)
     tensors = read.open_weights(path, prefer=layout.weights_files)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if release in FAMILIES:      # fine-tuned files have layouts of their own
-        release = bert_tasks.tell(shapes, release)
+    own, files = list(tensors), read.files_of(path, prefer=layout.weights_files)
+    for part, prefix in layout.parts(shapes, hints).items():
+        tensors |= {prefix + name: tensor for name, tensor in read.open_weights(part, prefer=hf_llama.WEIGHTS).items()}
+        files += read.files_of(part, prefer=hf_llama.WEIGHTS)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if release in FAMILIES:
+        release = FAMILIES[release](shapes, release)
         layout = RELEASES[release]
     sections = layout.describe(shapes, folder, hints)
     if hints.size:
         sections["data"]["size"] = hints.size
-    found = None
+    found = other = None
     if "tokens" in sections["model"]:
-        found = tokenizer_files.find(release, folder, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
+        words, beside = release, folder
+        if "language" in sections["model"]:
+            words, beside = f"hf_{sections['model']['language']['family']}", pathlib.Path(hints.language or folder)
+        found = tokenizer_files.find(words, beside, tokenizer, sections["model"]["tokens"], sections["model"].get("text", {}).get("end", ""), say)
+    if "instruction_tokens" in sections["model"]:
+        other = tokenizer_files.of_instructions(folder, sections["model"]["instruction_tokens"], say)
+        if other is not None:
+            sections["data"] |= dict(instruction_tokenizer="instruction_tokenizer", instruction_length=sections["data"]["prompt_length"])
     config = stage_config(layout, sections, found)
     import jax
 
     from vlm_jax import stage as stages
     from vlm_jax.train import checkpoint
 
-    stage = stages.resolve(config, "import", found)
+    stage = stages.resolve(config, "import", found, other)
     table = layout.rules(sections, shapes)
     carry = {f"carry/{p}": x for p, x in stages.carry_shapes(stage).items() if any(re.fullmatch(rule[0], f"carry/{p}") for rule in table)}
     targets = {p: x.shape for p, x in {**stage.plan.shapes, **stage.plan.moving, **carry}.items()}
@@ -145,12 +162,14 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
     with checkpoint.Checkpointer(out / "checkpoints", keep=1) as keeper:
         keeper.save(0, {"params": {p: leaves[p] for p in stage.plan.shapes}, "moving": {p: leaves[p] for p in stage.plan.moving},
                         "carry": {p.removeprefix("carry/"): leaves[p].astype(x.dtype) for p, x in carry.items()}}, lent=True)
-    if found is not None:
-        found.save(str(out / "tokenizer"))
-    source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in read.files_of(path, prefer=layout.weights_files)}}
+    for name, kept in (("tokenizer", found), ("instruction_tokenizer", other)):
+        if kept is not None:
+            kept.save(str(out / name))
+    source = {"release": release, **source, "sha256": {f.name: sha256(f) for f in files}}
     provenance.write(out, {"system": config.system, "papers": list(stage.system.papers), "licence": licence,
                            **({"licence_link": link} if link else {}), "source": source, "starts": [provenance.start(jax.devices())]})
-    record = {"release": release, "resize": layout.resize, "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
+    record = {"release": release, **({"own": sorted(own)} if len(own) < len(tensors) else {}), "resize": layout.resize,
+              "hints": {k: v for k, v in dataclasses.asdict(hints).items() if v},
               "ignored": sorted(ignored),
               "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}}
     (out / RECORD).write_text(json.dumps(record, indent=1))
@@ -176,7 +195,8 @@ def guess_release(folder: pathlib.Path) -> str:
     model = read_json(folder, open_clip.CONFIG).get("model_cfg", {})
     if model:
         return "open_clip_coca" if "multimodal_cfg" in model else "open_clip"
-    found = {"clip": "hf_clip", "blip": "hf_blip", "bert": "hf_bert", "opt": "hf_opt", "llama": "hf_llama", "t5": "hf_t5"}.get(read_json(folder, "config.json").get("model_type"))
+    types = dict(clip="hf_clip", blip="hf_blip", bert="hf_bert", opt="hf_opt", llama="hf_llama", t5="hf_t5", **dict.fromkeys(hf_blip2.TYPES, "hf_blip2"))
+    found = types.get(read_json(folder, "config.json").get("model_type"))
     if found:
         return found
     raise ConfigError(f"{folder} does not say which release it is; name it with --release ({', '.join(RELEASES)})")
@@ -187,7 +207,8 @@ def stage_config(layout: Release, sections: Mapping[str, Mapping[str, Any]], tok
     own = "loss" in sections      # a layout that says all of it
     model = dict(sections["model"], dtype="auto", **({} if own else {"scale": 1 / 0.07}))
     if tokenizer is not None:
-        model["tokens"] = dict(model["tokens"], bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+        marks = sections["data"].get("marks", {})
+        model["tokens"] = dict(model["tokens"], bos=marks.get("begin", tokenizer.bos_id), eos=tokenizer.eos_id, pad=marks.get("pad", tokenizer.pad_id))
     loss = sections.get("loss") or dict(weights=dict(con=1.0, cap=2.0) if layout.system == "coca" else dict(con=1.0))
     if "bias" in model:
         loss["kind"] = "sigmoid"     # what such models were trained with
@@ -219,27 +240,33 @@ def export_release(release: str, src: str | pathlib.Path, out: str | pathlib.Pat
     if config.system != layout.system:
         fitting = [name for name, r in EXPORTS.items() if r.system == config.system]
         raise ConfigError(f"--export={release}: {folder} is a {config.system!r}{nearest(release, fitting) if fitting else ''}")
-    table, record = read_json(folder, RECORD), provenance.read(folder)
-    known = table.get("tensors", {}) if table.get("release") == release else {}
+    record_of, record = read_json(folder, RECORD), provenance.read(folder)
+    known = record_of.get("tensors", {}) if record_of.get("release") == release else {}
     leaves = stages.read_weights(folder) | {f"carry/{p}": x for p, x in stages.read_carry(folder).items()}
     sections = configs.to_plain(config)
     table = layout.rules(sections, {name: tuple(shape) for name, (_, shape) in known.items()})
     leaves = {p: x for p, x in leaves.items() if not p.startswith("carry/") or any(re.fullmatch(rule[0], p) for rule in table)}
     unheld = sorted(set(layout.given) & set(leaves))
     leaves = {p: x for p, x in leaves.items() if p not in unheld}
+    leaves |= {p: np.zeros_like(leaves[like]) for p, like in layout.zeros.items() if like in leaves}
     arrays = weight_rules.export_leaves(table, leaves, f"--export={release}")
     arrays |= {copy: arrays[first] for copy, first in layout.ties(arrays).items() if first in arrays and (not known or copy in known)}
     arrays |= {name: np.zeros_like(arrays[like]) for name, like in layout.blank.items()}
+    kept = record_of.get("own", known) if known else layout.stored(config, arrays)
+    arrays = {name: x for name, x in arrays.items() if name in kept}
     arrays = {name: as_stored(x, *known.get(name, ("float32", list(x.shape)))) for name, x in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     layout.write_config(config, out, arrays)
-    tokenizer = tokenizers.load(str(folder / "tokenizer")) if (folder / "tokenizer").exists() else None
+    tokenizer, other = (tokenizers.load(str(folder / name)) if (folder / name).exists() else None for name in ("tokenizer", "instruction_tokenizer"))
     tokenizer_files.write(release, tokenizer, config.data.length, out, say)
-    write.write_safetensors(out / layout.weights_files[0], arrays)
+    if other is not None:
+        (out / tokenizer_files.OF_INSTRUCTIONS).mkdir()
+        tokenizer_files.write(release, other, config.data.instruction_length, out / tokenizer_files.OF_INSTRUCTIONS, say)
+    files = write.write_safetensors(out / layout.weights_files[0], arrays, write.SHARD if INDEX in layout.weights_files else 0)
     taken = [name for name in provenance.split_licences(provenance.licence_of(record)) if not (licence and name in card.UNNAMED)]
     licence = provenance.join_licences([*taken, licence])
     card.write_card(out, layout, config, record, licence, read_json(folder, "DONE"))
-    say(f"{out}: {release}, {len(arrays)} tensors in {layout.weights_files[0]}" + (f"; left out, as that layout has no place for it: {', '.join(unheld)}" if unheld else ""))
+    say(f"{out}: {release}, {len(arrays)} tensors in {files}" + (f"; left out, as that layout has no place for it: {', '.join(unheld)}" if unheld else ""))
     say(f"licence in {card.CARD}: " + (provenance.licence_line({"licence": licence}) if licence else "none; state one with --licence"))
     return out
 
@@ -278,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", default="", help=f"import: {', '.join(open_clip.ACTIVATIONS)}, where no config file tells (default gelu; OpenAI quick_gelu)")
     for name in ("image_heads", "text_heads", "decoder_heads", "pooler_heads"):
         parser.add_argument(f"--{name}", type=int, default=0, help="import: where no config file tells (default: 64 channels a head; pooler 8)")
+    parser.add_argument("--image", default="", help="import: the eye's own file, where a release stores what was trained alone (eva_vit_g.pth)")
+    parser.add_argument("--language", default="", help="import: the language model's directory, in the same case")
     parser.add_argument("--dtype", default="float32", help=f"import: of the stored weights, {' or '.join(DTYPES)}")
     parser.add_argument("--size", type=int, default=0, help="import: pixels, positions resized with the release's own kernel (default: the file's)")
     parser.add_argument("--licence", default="", help="import: of the weights, where the source does not state it; export: of what was trained here, "

@@ -53,13 +53,11 @@ def tower(shapes: Shapes, config: Mapping[str, Any], source: str = "") -> tuple[
     if act not in ACTIVATIONS:
         raise ConfigError(f"config.json: dense_act_fn={act!r} is not supported{nearest(act, ACTIVATIONS)}")
     layers = [count_layers(shapes, f"{source}{name}.block.{{layer}}.layer.0.layer_norm.weight") for name in ("encoder", "decoder")]
-    if layers[0] != layers[1]:
-        raise ConfigError(f"the encoder has {layers[0]} layers and the decoder {layers[1]}: only equal numbers are supported")
     heads = wanted(config, "num_heads")
     inner = shape_of(shapes, f"{source}encoder.block.0.layer.0.SelfAttention.q.weight")[0]
     if heads < 1 or inner % heads:
         raise ConfigError(f"config.json: num_heads={heads} does not divide the {inner} rows of the queries")
-    return dict(family="t5", width=width, layers=layers[0], heads=heads, head_dim=inner // heads,
+    return dict(family="t5", width=width, layers=layers[0], decoder_layers=layers[1], heads=heads, head_dim=inner // heads,
                 mlp_dim=shape_of(shapes, f"{source}encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0], activation=ACTIVATIONS[act],
                 eps=float(config.get("layer_norm_epsilon", 1e-6)),
                 buckets=shape_of(shapes, f"{source}encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")[0],

@@ -24,6 +24,16 @@ class Hints:
     decoder_heads: int = 0
     pooler_heads: int = 0
     size: int = 0
+    image: str = ""
+    language: str = ""
+
+
+def no_parts(shapes: Shapes, hints: Hints) -> dict[str, str]:
+    """Of a layout whose file is the whole. Raises ConfigError where another file was named."""
+    for flag in ("image", "language"):
+        if getattr(hints, flag):
+            raise ConfigError(f"--{flag}={getattr(hints, flag)!r}: this layout stores all of a model in one place; nearest: leave it out")
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +46,13 @@ class Release:
     weights_files: the names that its own loader looks for, best first: hub snapshots hold other layouts' files too.
     ties: (names of tensors) -> {name of a second copy: the tensor that it equals}; a file may hold both, we hold one.
     blank: name of a tensor that the release's own loader demands and nobody reads -> the tensor whose shape it has, filled with zeros on export.
+    zeros: leaf that the layout has and our model has not -> the leaf whose shape it has; an export fills it with zeros.
     given: values of leaves that a file of this layout need not hold. Rules for ``carry/...`` fill the system's carry (slow copies, queues), where the file has it.
     write_config: (stage config, folder, tensor names) writes what the release's own loader reads beside the weights
     (the first of ``weights_files``); None where nobody's loader would read an export.
+    parts: (tensor shapes, hints) -> {path of another file that belongs to the whole: what its names start with there}, for layouts that store what was
+    trained alone.
+    stored: (stage config, names) -> those of them that such a layout holds; an export of an import holds what the imported file did.
     licence: of the official weights, where all have one and their files do not say it. library, task: what the hub's
     metadata calls the loader and the use of this layout.
     """
@@ -52,7 +66,10 @@ class Release:
     resize: str = "resize_positions"
     ties: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
     blank: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    zeros: Mapping[str, str] = dataclasses.field(default_factory=dict)
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parts: Callable[[Shapes, Hints], Mapping[str, str]] = no_parts
+    stored: Callable[[Any, Collection[str]], Collection[str]] = lambda config, names: names
     licence: str = ""
     library: str = "vlm_jax"
     task: str = ""

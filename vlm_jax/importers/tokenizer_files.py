@@ -12,7 +12,7 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers.release import read_json
 
-WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa", "vlmo")      # bert-base-uncased's
+WORD_PIECES = ("albef", "albef_vqa", "albef_ve", "albef_nlvr", "blip", "blip_vqa", "blip_nlvr", "hf_bert", "hf_blip", "hf_blip_vqa", "vlmo", "blip2", "blip2_clip", "hf_blip2")      # bert-base-uncased's
 XLMR = {"beit3": "beit3.spm"}      # releases whose ids are XLM-R's, of the SentencePiece model of that name; their tables are padded
 LANGUAGE = {"hf_opt": "", "hf_llama": "tokenizer.model", "hf_t5": "spiece.model"}      # language models, and their SentencePiece files
 HUGGING_FACE = ("hf_clip",)      # releases whose official ids are the directory's own tokenizer's
@@ -87,6 +87,24 @@ def beside(release: str, folder: pathlib.Path) -> tuple[Any, str]:
         if (folder / "merges.txt").is_file():
             return tokenizers.ClipTokenizer(gzip.compress((folder / "merges.txt").read_bytes(), mtime=0)), "merges.txt"
         raise
+
+
+OF_INSTRUCTIONS = "qformer_tokenizer"      # transformers' folder of the tokenizer of what queries read
+
+
+def of_instructions(folder: pathlib.Path, tokens: Mapping[str, int], say: Callable[[str], None]) -> Any:
+    """The tokenizer of the words that a Q-Former reads, from its own folder or the vocab.txt of bert-base-uncased beside the file; None without one."""
+    own = folder / OF_INSTRUCTIONS
+    try:
+        found, name = beside("hf_bert", own if own.is_dir() else folder) if own.is_dir() or (folder / "vocab.txt").is_file() else (None, "")
+    except (FileNotFoundError, ValueError) as error:
+        say(f"no tokenizer of instructions: {error}")
+        return None
+    if found is None or found.vocab_size > tokens["vocab"]:
+        say("no tokenizer of instructions: " + (f"{name} has {found.vocab_size} ids, the Q-Former's table {tokens['vocab']}" if found else
+                                                f"there is no {OF_INSTRUCTIONS}/ and no vocab.txt of bert-base-uncased beside the file"))
+        return None
+    return found
 
 
 def open_json(folder: pathlib.Path) -> tokenizers.JsonTokenizer:

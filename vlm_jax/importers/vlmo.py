@@ -176,7 +176,7 @@ def describe_beit(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[st
     if table and "pos_embed" in shapes:
         raise ConfigError("the file has both a table of absolute positions and one of relative ones, of which VLMo has one")
     trunk |= dict(fused=published(width, layers).get("fused", max(1, layers // 6)), experts=("image",))
-    coded = {"codes": shape_of(shapes, "lm_head.weight")[0]} if "lm_head.weight" in shapes else {}
+    coded = dict(targets=dict(kind="unknown", codes=shape_of(shapes, "lm_head.weight")[0])) if "lm_head.weight" in shapes else {}
     return dict(model=dict(trunk=trunk, heads=("mim",) if coded else (), **coded),
                 data=dict(size=side * trunk["patch"], length=2, eval_augment="squash"), clamps=(), loss=dict(weights={}))
 

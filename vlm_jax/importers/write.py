@@ -18,8 +18,30 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Tensors by name, sorted; the header is padded to a multiple of 8 bytes, so that tensors lie aligned."""
+SHARD = 5 * 10**9      # bytes of a file, as transformers cuts them
+
+
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], shard: int = 0) -> str:
+    """Tensors by name in one file, or, above ``shard`` bytes (0: any number), in several with an index. Returns what to call the result."""
+    groups: list[dict[str, np.ndarray]] = [{}]
+    for name in sorted(arrays):
+        if shard and groups[-1] and sum(x.nbytes for x in groups[-1].values()) + arrays[name].nbytes > shard:
+            groups.append({})
+        groups[-1][name] = arrays[name]
+    if len(groups) == 1:
+        _write(path, arrays)
+        return path.name
+    names = [f"{path.stem}-{i + 1:05}-of-{len(groups):05}{path.suffix}" for i in range(len(groups))]
+    index = dict(metadata=dict(total_size=sum(x.nbytes for x in arrays.values())), weight_map={})
+    for name, group in zip(names, groups, strict=True):
+        _write(path.with_name(name), group)
+        index["weight_map"] |= dict.fromkeys(group, name)
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=1))
+    return f"{len(groups)} files {names[0]}, ..."
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """The header is padded to a multiple of 8 bytes, so that tensors lie aligned."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0       # "pt": transformers asks for it
     for name in sorted(arrays):
         x = arrays[name]

@@ -1,4 +1,4 @@
-"""BEiT-3 (arXiv 2208.10442): one transformer for images, texts and pairs, with experts by modality; its heads; targets of masked images."""
+"""BEiT-3 (arXiv 2208.10442): one transformer for images, texts and pairs, with experts by modality; its heads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
-from vlm_jax.models import vit
-from vlm_jax.models.sizes import sizes
-from vlm_jax.nn import codebook, initializers
-from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
+from vlm_jax.nn import initializers
+from vlm_jax.nn.embed import ImageEmbed, TokenEmbed
 from vlm_jax.nn.linear import Linear
-from vlm_jax.nn.mlp import gelu
+from vlm_jax.nn.mlp import TwoLayerHead
 from vlm_jax.nn.multiway import Layout, Multiway, multiway_stack, one
+from vlm_jax.nn.narrow import widen
 from vlm_jax.nn.norm import Norm
-from vlm_jax.nn.pixels import colour_bins
-from vlm_jax.nn.unit import unit
 from vlm_jax.partitioning import shard
 
 DEAD_ROWS = 2      # positions are looked up from row 2 on, as fairseq does; the rows before are never read
@@ -41,35 +38,6 @@ VARIANTS = {
 
 def _table(rows: int, width: int):
     return nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed")), (rows, width), jnp.float32
-
-
-class ImageEmbed(nn.Module):
-    """image [b, h, w, 3] -> [b, 1 + n, width]: class token and patches, with positions."""
-    image_size: int
-    patch: int
-    width: int
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        self.patch_embed = PatchEmbed(self.patch, self.width, bias=True, dtype=self.dtype)
-        zero = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (self.width,), jnp.float32
-        self.class_embed, self.mask_embed = self.param("class_embed", *zero), self.param("mask_embed", *zero)
-        self.position_embed = self.param("position_embed", *_table(self.patches + 1 + DEAD_ROWS, self.width))
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size // self.patch) ** 2
-
-    def __call__(self, image: jax.Array, masked: jax.Array | None = None) -> jax.Array:
-        """``masked`` bool [b, n]: patches whose place is seen and whose content is not."""
-        if image.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(f"image of {image.shape[1]}x{image.shape[2]} pixels does not fit positions for image_size={self.image_size}; nearest: "
-                             f"{self.image_size}x{self.image_size}")
-        x = self.patch_embed(image.astype(self.dtype))
-        if masked is not None:
-            x = jnp.where(masked[..., None], self.mask_embed.astype(x.dtype), x)
-        first = jnp.broadcast_to(self.class_embed.astype(x.dtype), (x.shape[0], 1, self.width))
-        return jnp.concatenate([first, x], 1) + self.position_embed[DEAD_ROWS:].astype(x.dtype)
 
 
 class TextEmbed(nn.Module):
@@ -133,7 +101,7 @@ class Tower(nn.Module):
         if self.image_size % self.patch:
             raise ValueError(f"image of {self.image_size} pixels does not divide into patches of {self.patch}; nearest: "
                              f"{max(1, round(self.image_size / self.patch)) * self.patch}")
-        self.image = ImageEmbed(self.image_size, self.patch, self.width, self.dtype)
+        self.image = ImageEmbed(self.image_size, self.patch, self.width, dead_rows=DEAD_ROWS, tokens_init=nn.initializers.zeros, dtype=self.dtype)
         self.text = TextEmbed(self.vocab, self.width, self.positions, self.dtype)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, attention=self.attention, eps=self.eps, sub_norm=self.sub_norm,
                       init_scheme=self.init_scheme, depth=self.layers, dtype=self.dtype)
@@ -150,7 +118,7 @@ class Tower(nn.Module):
     def __call__(self, image: jax.Array | None, ids: jax.Array | None, real: jax.Array | None = None, masked: jax.Array | None = None,
                  unidirectional: str = "none") -> jax.Array:
         """image [b, h, w, 3], normalised; ids [b, l]; None for what there is not. real bool [b, l]: which ids are no padding. masked bool
-        [b, n]: see ``ImageEmbed``. unidirectional "text": the image sees itself, a token the image and what stands before it (UniLM)."""
+        [b, n]: see ``nn.embed.ImageEmbed``. unidirectional "text": the image sees itself, a token the image and what stands before it (UniLM)."""
         if unidirectional not in UNIDIRECTIONAL:
             raise ValueError(f"unidirectional={unidirectional!r} is not known{nearest(unidirectional, UNIDIRECTIONAL)}")
         parts, segments, seen = [], [], []
@@ -236,8 +204,18 @@ def by_depth(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def linear(width: int, features: int, dtype: Any, axis: str = "joint", use_bias: bool = True, scale: float = 1.0) -> Linear:
     """A map of a head. ``scale``: of its first weights (the official code draws classifiers a thousand times smaller)."""
-    draw = initializers.kernel(INIT, "out", width, features)
-    return Linear(features, ("embed", axis), use_bias, lambda *args: scale * draw(*args), dtype=dtype)
+    return Linear(features, ("embed", axis), use_bias, scaled(scale), dtype=dtype)
+
+
+def scaled(scale: float):
+    draw = initializers.kernel(INIT, "out", 0, 0)      # whatever the widths
+    return lambda *args: scale * draw(*args)
+
+
+def two_layer_head(width: int, classes: int, eps: float, dtype: Any, scale: float = 1.0, input_norm: bool = False) -> TwoLayerHead:
+    """Of answers, or of two images beside a text (with a norm before)."""
+    names = ("dense1", "norm2", "dense2", *(("norm1",) if input_norm else ()))
+    return TwoLayerHead(2 * width, classes, names, (("embed", "joint"),) * 2, scaled(scale), eps, dtype)
 
 
 class TokenHead(nn.Module):
@@ -256,7 +234,7 @@ class TokenHead(nn.Module):
         return jnp.concatenate([states, jnp.ones((*states.shape[:-1], 1), states.dtype)], -1)
 
     def vocabulary(self) -> jax.Array:
-        return jnp.concatenate([self.kernel, self.bias[None]], 0)
+        return jnp.concatenate([widen(self, self.kernel, jnp.float32), self.bias[None]], 0)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """States -> fp32 [..., ids]."""
@@ -276,27 +254,6 @@ class Pooler(nn.Module):
         return jnp.tanh(self.dense(self.norm(x)))
 
 
-class TwoLayerHead(nn.Module):
-    """[b, features] -> [b, classes] over ``hidden`` units, with a norm before GELU, and one before the first map where ``input_norm``."""
-    features: int
-    hidden: int
-    classes: int
-    eps: float
-    input_norm: bool = False
-    scale: float = 1.0
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        if self.input_norm:
-            self.norm1 = Norm("layernorm", self.eps)
-        self.dense1, self.norm2 = linear(self.features, self.hidden, self.dtype, scale=self.scale), Norm("layernorm", self.eps)
-        self.dense2 = linear(self.hidden, self.classes, self.dtype, scale=self.scale)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm1(x) if self.input_norm else x
-        return self.dense2(gelu(self.norm2(self.dense1(x))))
-
-
 class ClassHead(nn.Module):
     """The mean of an image's patches [b, width] -> [b, classes]: norm, map."""
     width: int
@@ -310,66 +267,3 @@ class ClassHead(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(self.norm(x))
-
-
-# ---- what masked patches are to be told as ------------------------------------------------------
-
-class Colours(nn.Module):
-    """A stand-in for a trained image tokenizer, without parameters: the bin of each patch's mean colour.
-
-    image uint8 [b, h, w, 3], or float in [0, 1] -> ids int32 [b, n], in raster order, below ``bins`` ** 3.
-    """
-    patch: int
-    image_size: int
-    bins: int = 8
-
-    @property
-    def codes(self) -> int:
-        return self.bins ** 3
-
-    def __call__(self, image: jax.Array) -> jax.Array:
-        return colour_bins(image.astype(jnp.float32) / (255 if image.dtype == jnp.uint8 else 1), self.patch, self.bins)
-
-
-class VqTokens(nn.Module):
-    """The encoder and the codes of a VQ-KD tokenizer (BEiT v2, arXiv 2208.06366), frozen: image float [b, h, w, 3] in [0, 1] -> ids int32 [b, n].
-
-    Params: ``encoder/*``, ``encoder_head/(hidden|out)/*``, ``table`` [codes, code_width], of unit vectors.
-    """
-    patch: int
-    image_size: int
-    encoder: Mapping[str, Any]
-    codes: int = 8192
-    code_width: int = 32
-
-    def setup(self):
-        self.vit = vit.ViT(**sizes(vit.VARIANTS, **{**self.encoder, "image_size": self.image_size}), name="encoder")
-        if self.vit.patch != self.patch:
-            raise ValueError(f"targets.encoder.patch={self.vit.patch} gives another grid than the tower's {self.patch}; nearest: {self.patch}")
-        self.encoder_head = codebook.TaskLayer(self.code_width)
-        self.table = self.param("table", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "norm")), (self.codes, self.code_width),
-                                jnp.float32)
-
-    def __call__(self, image: jax.Array) -> jax.Array:
-        tokens = self.vit(2 * image - 1)[:, int(self.vit.class_token):]
-        return jnp.argmax(unit(self.encoder_head(tokens)) @ self.table.T, -1).astype(jnp.int32)
-
-
-class Unknown(nn.Module):
-    """Of weights that came without their tokenizer: only how many ids it has is known."""
-    codes: int
-    patch: int = 0
-    image_size: int = 0
-
-    def __call__(self, image: jax.Array) -> jax.Array:
-        raise ValueError("model.targets.kind='unknown' tells no ids of masked patches; nearest: 'colours', or loss.weights without mim and pair_mim")
-
-
-TARGETS: Mapping[str, type[nn.Module]] = {"colours": Colours, "vqkd": VqTokens, "unknown": Unknown}
-
-
-def make_targets(patch: int, image_size: int, *, kind: str = "colours", **fields: Any) -> nn.Module:
-    """The tokenizer of masked images: a module with ``codes``, called with images as they come -> ids [b, n]. Raises ValueError."""
-    if kind not in TARGETS:
-        raise ValueError(f"targets.kind={kind!r} is not known{nearest(kind, TARGETS)}")
-    return TARGETS[kind](patch=patch, image_size=image_size, **fields)

@@ -18,6 +18,7 @@ from vlm_jax.nn.attention import Rotary
 from vlm_jax.nn.block import Stack, init_cache
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.lora import low_rank
+from vlm_jax.nn.narrow import widen
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
 
@@ -32,7 +33,7 @@ class VocabularyHead(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab")), (self.width, self.vocab), jnp.float32)
-        adapter = low_rank(self)
+        kernel, adapter = widen(self, kernel, jnp.float32 if kernel.dtype == jnp.int8 else kernel.dtype), low_rank(self)
         return kernel if adapter is None else kernel + (adapter.a * adapter.scale) @ adapter.b
 
 

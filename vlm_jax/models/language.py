@@ -24,6 +24,35 @@ def build(*, family: str, **fields: Any) -> Language:
     return module(**sizes(variants, **fields))
 
 
+def after_first(ids: tuple, rows: jax.Array) -> jax.Array:
+    """rows [b, l] with ``ids`` (or marks) inserted after the first place."""
+    middle = jnp.tile(jnp.asarray(ids, rows.dtype), (rows.shape[0], 1))
+    return jnp.concatenate([rows[:, :1], middle, rows[:, 1:]], 1)
+
+
+def to_the_right(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """ids [b, l] and their mask with the padding in front of what is real, whose order stays."""
+    order = jnp.argsort(mask.astype(jnp.int32), axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask.astype(bool), order, axis=1)
+
+
+def predict_ids(tower: Language, prefix: jax.Array, prompt: jax.Array | None, prompt_mask: jax.Array | None, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """States [b, l, width] whose row t predicts id t of ``ids`` [b, l], behind embeddings ``prefix`` [b, n, width] and the ids ``prompt`` [b, p].
+
+    A decoder reads all three in a row: the prompt's padding is on its left. T5's encoder reads prefix and prompt, its decoder the ids, behind
+    the id of padding (0). prompt None: there is none.
+    """
+    b, n = prefix.shape[:2]
+    x, seen = prefix, jnp.ones((b, n), bool)
+    if prompt is not None:
+        x, seen = jnp.concatenate([x, tower.embed(prompt).astype(x.dtype)], 1), jnp.concatenate([seen, prompt_mask.astype(bool)], 1)
+    if isinstance(tower, t5.T5):
+        before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
+        return tower.decode(tower.embed(before), tower.encode(x, seen), seen)
+    states = tower(jnp.concatenate([x, tower.embed(ids).astype(x.dtype)], 1), jnp.concatenate([seen, mask.astype(bool)], 1))
+    return states[:, x.shape[1] - 1:-1]
+
+
 def continuation(call: Callable[[Callable[[Any], Any]], Any], language: Language, x: jax.Array, mask: jax.Array | None, length: int
                  ) -> tuple[Callable, Callable]:
     """(prefill, extend) for ``vlm_jax.decode``, whose ``batch_axis`` is ``language.CACHE_AXES``.

@@ -56,6 +56,7 @@ class T5(nn.Module):
     relative positions, for all layers of a stack; cross-attention has none), encoder_norm, decoder_norm, lm_head/kernel.
     activation: "gelu_tanh" as published; BLIP-2 and InstructBLIP run the same weights with "gelu". dropout: of embeddings, attention weights,
     hidden units, what enters the residual stream and the result, where a stream of random keys "dropout" is given (T5 was tuned with 0.1).
+    decoder_layers: 0 for as many as the encoder has.
     """
     vocab: int = VOCAB
     width: int = 2048
@@ -67,6 +68,7 @@ class T5(nn.Module):
     eps: float = 1e-6
     buckets: int = 32
     max_distance: int = 128
+    decoder_layers: int = 0
     dropout: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -82,7 +84,7 @@ class T5(nn.Module):
         self.token_embed = TokenEmbed(self.vocab, self.width, 1.0, self.dtype)
         self.encoder_positions, self.decoder_positions = self.param("encoder_positions", *table), self.param("decoder_positions", *table)
         self.encoder = Stack(self.layers, block, self.remat, self.dtype)
-        self.decoder = Stack(self.layers, dict(block, causal="causal", cross_layout="plain", memory_width=self.width), self.remat, self.dtype)
+        self.decoder = Stack(self.decoder_layers or self.layers, dict(block, causal="causal", cross_layout="plain", memory_width=self.width), self.remat, self.dtype)
         self.encoder_norm, self.decoder_norm = Norm("rmsnorm", self.eps), Norm("rmsnorm", self.eps)
         self.lm_head = VocabularyHead(self.vocab, self.width)
         self.drop = nn.Dropout(self.dropout)
@@ -129,7 +131,7 @@ class T5(nn.Module):
 
     def init_cache(self, batch: int, length: int, memory_length: int) -> dict[str, Any]:
         """An empty cache of the decoder for ``length`` tokens beside a memory of ``memory_length``."""
-        return {"layers": init_cache(self.layers, batch, length, self.heads, self.head_dim, memory_length, self.dtype),
+        return {"layers": init_cache(self.decoder_layers or self.layers, batch, length, self.heads, self.head_dim, memory_length, self.dtype),
                 "memory_mask": jnp.ones((batch, memory_length), bool), "index": jnp.int32(0)}
 
     def extend(self, x: jax.Array, cache: dict[str, Any], memory: jax.Array | None = None, memory_mask: jax.Array | None = None

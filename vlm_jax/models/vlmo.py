@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.errors import nearest
 from vlm_jax.models.bert import keys
-from vlm_jax.nn.embed import PatchEmbed, TokenEmbed
+from vlm_jax.nn.embed import ImageEmbed, TokenEmbed
 from vlm_jax.nn.multiway import Layout, multiway_stack, one
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
@@ -82,38 +82,6 @@ class PositionBias(nn.Module):
         return jnp.take(jnp.concatenate(parts, 1), index, axis=1).transpose(0, 3, 1, 2)
 
 
-class ImageEmbed(nn.Module):
-    """image float [b, h, w, 3], normalised -> [b, 1 + n, width]: class token, patches; with absolute positions theirs are added."""
-    image_size: int
-    patch: int
-    width: int
-    absolute: bool
-    with_mask: bool
-    dtype: Any
-
-    def setup(self):
-        def vector(*shape, axes=("norm",)):
-            return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes), shape, jnp.float32
-
-        self.patch_embed = PatchEmbed(self.patch, self.width, True, dtype=self.dtype)
-        self.class_embed = self.param("class_embed", *vector(self.width))
-        if self.with_mask:
-            self.mask_embed = self.param("mask_embed", *vector(self.width))
-        if self.absolute:
-            self.position_embed = self.param("position_embed", *vector((self.image_size // self.patch) ** 2 + 1, self.width, axes=("position", "embed")))
-
-    def __call__(self, image: jax.Array, masked: jax.Array | None = None) -> jax.Array:
-        """masked bool [b, n]: patches that the mask token stands for."""
-        if image.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(f"image of {image.shape[1]}x{image.shape[2]} pixels does not fit positions for image_size={self.image_size}; "
-                             f"nearest: {self.image_size}x{self.image_size}")
-        x = self.patch_embed(image.astype(self.dtype))
-        if masked is not None:
-            x = jnp.where(masked[..., None], self.mask_embed.astype(self.dtype), x)
-        x = jnp.concatenate([jnp.broadcast_to(self.class_embed.astype(self.dtype), (len(x), 1, self.width)), x], 1)
-        return x + self.position_embed.astype(self.dtype) if self.absolute else x
-
-
 class TextEmbed(nn.Module):
     """ids [b, l] -> [b, l, width]: BERT's embedding. Without ``absolute`` its table of positions is held and not added, as in official files."""
     vocab: int
@@ -151,6 +119,7 @@ class Mome(nn.Module):
     Fields:
       experts: ("image",) alone, ("text", "image"), or with "vl": what a stage has by then.
       types: rows of the table of token types: text, image, and a second image. A model of images alone has none.
+      attention, feed_forward: "shared" by the experts, or "split", each with its own (``nn.multiway``). VLMo shares attention alone.
       positions: "relative", by a bias of attention; "absolute", added to the embeddings.
       text_positions: rows of the table of BERT's positions. reach: see ``relative_index``.
       drop_path: rate of the last layer; lower ones have proportionally less. Texts' embeddings have dropout of that rate, as officially.
@@ -167,6 +136,8 @@ class Mome(nn.Module):
     text_positions: int = 40
     experts: tuple[str, ...] = EXPERTS[-1]
     types: int = 2
+    attention: str = "shared"
+    feed_forward: str = "split"
     positions: str = "relative"
     reach: int = 196
     layer_scale: float = 0.1
@@ -188,7 +159,7 @@ class Mome(nn.Module):
             raise ValueError(f"image_size={self.image_size} does not divide into patches of {self.patch}; nearest: "
                              f"{max(1, round(self.image_size / self.patch)) * self.patch}")
         absolute = self.positions == "absolute"
-        self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, self.with_mask, self.dtype)
+        self.image = ImageEmbed(self.image_size, self.patch, self.width, absolute, with_mask=self.with_mask, dtype=self.dtype)
         if self.with_text:
             self.text = TextEmbed(self.vocab, self.width, self.text_positions, absolute, self.drop_path, self.text_eps, self.dtype)
             table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
@@ -196,7 +167,7 @@ class Mome(nn.Module):
         if not absolute:
             self.position_bias = PositionBias(self.layers, self.heads, self.side, self.reach, self.with_text)
         fields = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, eps=self.eps, layer_scale=self.layer_scale, key_bias=False,
-                      drop_path_by="expert", dtype=self.dtype)
+                      attention=self.attention, feed_forward=self.feed_forward, drop_path_by="expert", dtype=self.dtype)
         alone = tuple(e for e in self.experts if e != "vl")
         self.blocks = multiway_stack(self.layers - self.fused, self.remat, experts=alone, **fields)
         self.blocks_vl = multiway_stack(self.fused, self.remat, experts=tuple(self.experts), **fields)

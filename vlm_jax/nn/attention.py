@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import LowRank, low_rank
+from vlm_jax.nn.narrow import widen
 from vlm_jax.partitioning import current_sizes, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
@@ -204,7 +205,7 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes), self.bias_shape,
                               jnp.float32).astype(self.dtype)
-        return Map(kernel.astype(self.dtype), bias, low_rank(self))
+        return Map(widen(self, kernel, self.dtype), bias, low_rank(self))
 
 
 class Attention(nn.Module):

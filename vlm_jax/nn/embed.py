@@ -38,6 +38,48 @@ class PatchEmbed(nn.Module):
         return Linear(self.width, ("patch", "embed"), self.bias, bound, bound, self.dtype, name="projection")(x)
 
 
+class ImageEmbed(nn.Module):
+    """image float [b, h, w, 3], normalised -> [b, 1 + n, width]: class token and patches, with learned positions.
+
+    Fields:
+      positions: whether there is a table of them. dead_rows: of the table, before the first that is read.
+      with_mask: whether there is an embedding that stands for masked patches.
+      tokens_init: what the class token and the mask's embedding are drawn from.
+    """
+    image_size: int
+    patch: int
+    width: int
+    positions: bool = True
+    dead_rows: int = 0
+    with_mask: bool = True
+    tokens_init: Any = nn.initializers.normal(0.02)
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        def token(name):
+            return self.param(name, nn.with_logical_partitioning(self.tokens_init, ("norm",)), (self.width,), jnp.float32)
+
+        self.patch_embed = PatchEmbed(self.patch, self.width, True, dtype=self.dtype)
+        self.class_embed = token("class_embed")
+        if self.with_mask:
+            self.mask_embed = token("mask_embed")
+        if self.positions:
+            table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
+            rows = (self.image_size // self.patch) ** 2 + 1 + self.dead_rows
+            self.position_embed = self.param("position_embed", table, (rows, self.width), jnp.float32)
+
+    def __call__(self, image: jax.Array, masked: jax.Array | None = None) -> jax.Array:
+        """``masked`` bool [b, n]: patches whose place is seen and whose content is not."""
+        if image.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(f"image of {image.shape[1]}x{image.shape[2]} pixels does not fit positions for image_size={self.image_size}; nearest: "
+                             f"{self.image_size}x{self.image_size}")
+        x = self.patch_embed(image.astype(self.dtype))
+        if masked is not None:
+            x = jnp.where(masked[..., None], self.mask_embed.astype(x.dtype), x)
+        x = jnp.concatenate([jnp.broadcast_to(self.class_embed.astype(x.dtype), (len(x), 1, self.width)), x], 1)
+        return x + self.position_embed[self.dead_rows:].astype(x.dtype) if self.positions else x
+
+
 class ConvStem(nn.Module):
     """Overlapping 4x4 stride-2 convolutions: image [b, h, w, 3] -> tokens [b, (h/2^n)(w/2^n), width].
 

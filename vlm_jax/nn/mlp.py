@@ -1,7 +1,8 @@
-"""The two-layer MLP of a transformer block, and its activations by name."""
+"""The two-layer MLP of a transformer block, its activations by name, and the two-layer head of classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -62,3 +63,26 @@ class Mlp(nn.Module):
             hidden = ACTIVATIONS[self.activation](hidden)
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.has_rng("dropout"))
         return down(Norm("layernorm", self.sub_norm, name="sub_norm")(hidden) if self.sub_norm else hidden)
+
+
+class TwoLayerHead(nn.Module):
+    """x [b, in] -> [b, classes] over ``hidden`` units: a map, LayerNorm, exact GELU, a map; a norm before them where ``names`` has four.
+
+    names: of the first map, the norm, the second map, and the norm before. axes: the logical axes of the maps' kernels.
+    """
+    hidden: int
+    classes: int
+    names: tuple[str, ...] = ("up", "norm", "down")
+    axes: tuple[tuple[str, str], tuple[str, str]] = (("embed", "mlp"), ("mlp", "joint"))
+    kernel_init: Callable = nn.initializers.normal(0.02)
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up, norm, down, *before = self.names
+        for name in before:
+            x = Norm("layernorm", self.eps, name=name)(x)
+        x = Linear(self.hidden, self.axes[0], True, self.kernel_init, dtype=self.dtype, name=up)(x)
+        x = gelu(Norm("layernorm", self.eps, name=norm)(x))
+        return Linear(self.classes, self.axes[1], True, self.kernel_init, dtype=self.dtype, name=down)(x)

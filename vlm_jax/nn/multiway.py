@@ -5,8 +5,8 @@ alone and are joined again, so that each token is computed once, and nothing is 
 whoever computed them.
 
 What is split is a choice of the block: feed-forward parts alone (VLMo; BEiT-3 as in the paper, whose top layers have one joint expert),
-or everything, with projections and norms of attention too (BEiT-3 as released). Experts are sub-modules named by modality, with the axes
-that such a layer has anywhere: ``mlp/image/up/kernel``.
+everything, with projections and norms of attention too (BEiT-3 as released), or nothing, which is what experts are measured against.
+Experts are sub-modules named by modality, with the axes that such a layer has anywhere: ``mlp/image/up/kernel``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from vlm_jax.nn.block import REMAT
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
 
-ATTENTION = ("shared", "split")
+SPLIT = ("shared", "split")      # one for all, or each expert's own
+ALL = "all"      # what is one for all
 DROPS = ("sequence", "expert")
 
 
@@ -63,7 +64,7 @@ def one(expert: str, length: int) -> Layout:
 
 class Multiway(nn.Module):
     """A module for each of ``experts``, all made by ``make``; x [b, length, ...] goes through them as a layout says. With experts ()
-    there is one for all, under this module's own name.
+    there is one for all, ``all``.
 
     Raises ValueError for a layout with an expert that it does not have.
     """
@@ -71,14 +72,15 @@ class Multiway(nn.Module):
     experts: tuple[str, ...]
 
     def setup(self):
-        for expert in self.experts:
+        for expert in self.experts or (ALL,):
             setattr(self, expert, self.make())
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        layout = layout if self.experts else one(ALL, layout.length)
         return layout.route(lambda expert, part: self.of(expert)(part), x)
 
     def of(self, expert: str) -> nn.Module:
-        if expert not in self.experts:
+        if expert not in (self.experts or (ALL,)):
             raise ValueError(f"expert {expert!r} is not one of this layer{nearest(expert, self.experts)}")
         return getattr(self, expert)
 
@@ -129,17 +131,17 @@ class MultiwayAttention(nn.Module):
     maps: Mapping[str, Any]
 
     def setup(self):
-        for expert in self.experts or ("all",):
+        for expert in self.experts or (ALL,):
             setattr(self, expert, Projections(**self.maps))
 
     def of(self, expert: str) -> Projections:
         if self.experts and expert not in self.experts:
             raise ValueError(f"expert {expert!r} is not one of this layer{nearest(expert, self.experts)}")
-        return getattr(self, expert if self.experts else "all")
+        return getattr(self, expert if self.experts else ALL)
 
     def __call__(self, x: jax.Array, layout: Layout, mask: jax.Array | None, bias: jax.Array | None, cache: dict[str, jax.Array] | None,
                  index: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        layout = layout if self.experts else one("all", layout.length)
+        layout = layout if self.experts else one(ALL, layout.length)
         q, k, v = layout.route(lambda expert, part: self.of(expert).project(part), x)
         if cache is not None:
             cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
@@ -155,8 +157,9 @@ class MultiwayBlock(nn.Module):
     """Pre-norm block: x += gamma1 attn(norm1 x); x += gamma2 mlp(norm2 x), with experts.
 
     Fields:
-      experts: those of the feed-forward part (``norm2`` and ``mlp``).
+      experts: those of what is split.
       attention: "shared", one for all, or "split", with ``norm1`` and all maps by expert.
+      feed_forward: the same of ``norm2`` and ``mlp``.
       layer_scale: what gamma1 and gamma2 (shared by the experts) start at, 0 for none.
       sub_norm: a LayerNorm before the last map of attention and of the feed-forward part.
       key_bias: whether keys have a bias (BEiT's have none).
@@ -167,6 +170,7 @@ class MultiwayBlock(nn.Module):
     mlp_dim: int
     experts: tuple[str, ...]
     attention: str = "shared"
+    feed_forward: str = "split"
     activation: str = "gelu"
     eps: float = 1e-6
     layer_scale: float = 0.0
@@ -178,16 +182,17 @@ class MultiwayBlock(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        for name, value, valid in (("attention", self.attention, ATTENTION), ("drop_path_by", self.drop_path_by, DROPS)):
-            if value not in valid:
+        for name, valid in (("attention", SPLIT), ("feed_forward", SPLIT), ("drop_path_by", DROPS)):
+            if (value := getattr(self, name)) not in valid:
                 raise ValueError(f"{name}={value!r} is not known{nearest(value, valid)}")
-        inner, split = self.eps if self.sub_norm else 0.0, self.experts if self.attention == "split" else ()
+        inner = self.eps if self.sub_norm else 0.0
+        split, fed = (self.experts if how == "split" else () for how in (self.attention, self.feed_forward))
         norm = functools.partial(Norm, "layernorm", self.eps)
         self.norm1 = Multiway(norm, split) if split else norm()
         self.attn = MultiwayAttention(split, dict(width=self.width, heads=self.heads, key_bias=self.key_bias, sub_norm=inner,
                                                   init_scheme=self.init_scheme, depth=self.depth, dtype=self.dtype))
-        self.norm2 = Multiway(norm, self.experts)
-        self.mlp = Multiway(functools.partial(Mlp, self.mlp_dim, self.activation, True, self.init_scheme, self.depth, self.dtype, inner), self.experts)
+        self.norm2 = Multiway(norm, fed)
+        self.mlp = Multiway(functools.partial(Mlp, self.mlp_dim, self.activation, True, self.init_scheme, self.depth, self.dtype, inner), fed)
         if self.layer_scale:
             start = nn.with_logical_partitioning(nn.initializers.constant(self.layer_scale), ("norm",))
             self.gamma1, self.gamma2 = self.param("gamma1", start, (self.width,), jnp.float32), self.param("gamma2", start, (self.width,), jnp.float32)

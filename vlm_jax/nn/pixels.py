@@ -25,6 +25,13 @@ def normalise(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
     return (image.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
+def unnormalise(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """uint8 [b, h, w, 3], or float as ``normalise`` gives it -> float32 in [0, 1]."""
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 255
+    return image * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32)
+
+
 def choose_dtype(name: str, backend: str, capability: float | None = None) -> tuple[str, str]:
     """The dtype of a model's ``dtype`` field, and why: ("float32" | "bfloat16", reason).
 

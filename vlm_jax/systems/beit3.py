@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from vlm_jax import config as configs
 from vlm_jax.decode import generate as decode
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.losses.answers import answer_loss, rank, soft_targets, table
 from vlm_jax.losses.block_mask import block_mask
 from vlm_jax.losses.captioning import caption_nll, captioning
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.losses.masked import gather_chosen, mask_share
+from vlm_jax.losses.mixing import mix, soft_cross_entropy, soft_labels
 from vlm_jax.losses.terms import wanted, weigh
-from vlm_jax.models import beit3
+from vlm_jax.models import beit3, image_codes
 from vlm_jax.models.sizes import sizes
-from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.pixels import compute_dtype, normalise, unnormalise
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -36,8 +38,6 @@ STREAMS = ("image", "text", "pair")
 PAIR_MASKS = ("both", "one")
 METHODS = ("rank",)
 CLASSIFIER_SCALE = 1e-3
-# VQA's soft score of an answer that 0, 1, ... of ten people gave
-SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
 class Beit3(nn.Module):
@@ -69,9 +69,9 @@ class Beit3(nn.Module):
             self.logit_scale = self.param("logit_scale", nn.with_logical_partitioning(nn.initializers.constant(math.log(self.scale)), ()), (), jnp.float32)
         if has({VQA}):
             self.pooler = beit3.Pooler(t.width, t.eps, self.dtype)
-            self.vqa_head = beit3.TwoLayerHead(t.width, 2 * t.width, self.classes, t.eps, dtype=self.dtype)
+            self.vqa_head = beit3.two_layer_head(t.width, self.classes, t.eps, self.dtype)
         if has({CLS}) and self.images == 2:
-            self.pair_head = beit3.TwoLayerHead(4 * t.width, 2 * t.width, self.classes, t.eps, input_norm=True, scale=CLASSIFIER_SCALE, dtype=self.dtype)
+            self.pair_head = beit3.two_layer_head(t.width, self.classes, t.eps, self.dtype, CLASSIFIER_SCALE, input_norm=True)
         elif has({CLS}):
             self.class_head = beit3.ClassHead(t.width, self.classes, t.eps, CLASSIFIER_SCALE, self.dtype)
 
@@ -82,8 +82,7 @@ class Beit3(nn.Module):
 
     def codes(self, image: jax.Array) -> jax.Array:
         """image [b, h, w, 3] -> ids [b, n] that its patches are to be told as."""
-        image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image * jnp.asarray(self.std) + jnp.asarray(self.mean)
-        return jax.lax.stop_gradient(self.tokenizer(image))
+        return jax.lax.stop_gradient(self.tokenizer(unnormalise(image, self.mean, self.std)))
 
     def words(self, states: jax.Array) -> jax.Array:
         """States -> fp32 logits [..., vocab]."""
@@ -144,7 +143,7 @@ class Beit3(nn.Module):
         if terms & {MLM, PAIR_MLM, CAP}:
             out.append(self.words(states[:, :1]))
         if terms & {MIM, PAIR_MIM}:
-            out += [self.patches(states[:, :1]), *([self.codes(image)] if not isinstance(self.targets, beit3.Unknown) else [])]
+            out += [self.patches(states[:, :1]), *([self.codes(image)] if not isinstance(self.targets, image_codes.Unknown) else [])]
         if ITC in terms:
             out += [self.image_feature(states), self.text_feature(states), self.logit_scale]
         if VQA in terms:
@@ -174,13 +173,13 @@ def build_model(*, tower: dict, tokens: dict, size: int, terms: tuple[str, ...],
     classes = classes or len(answers)
     if set(terms) & set(ALONE) and classes < 2:
         raise ConfigError(f"model.classes={classes} leaves nothing to choose; nearest: 2" + (", or model.answers" if VQA in terms else ""))
-    return Beit3(tower, beit3.make_targets(tower.patch, size, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
+    return Beit3(tower, image_codes.make_targets(tower.patch, size, **(targets or {})), terms, classes=classes, images=images, mask_id=tokens["mask"],
                  mean=tuple(mean), std=tuple(std), scale=scale, dtype=dtype)
 
 
 def build_loss(*, weights: dict, streams: dict | None = None, text_share: float = 0.15, pair_text_share: float = 0.5, image_masked: int = 75,
                mask_min_cells: int = 16, pair_masks: str = "both", caption_share: float = 0.6, label_smoothing: float = 0.0, drop_worst: float = 0.0,
-               drop_worst_after: int = 0) -> dict[str, Any]:
+               drop_worst_after: int = 0, mixup: float = 0.0, cutmix: float = 0.0) -> dict[str, Any]:
     """The ``loss`` section, checked.
 
     weights: of ``mim`` and ``mlm`` (images and texts alone), ``pair_mim`` and ``pair_mlm``, ``itc``, ``cap``, ``vqa``, ``cls``; the model has no heads
@@ -189,8 +188,8 @@ def build_loss(*, weights: dict, streams: dict | None = None, text_share: float 
     texts alone (nor their image) and as pairs; default 1, 1, 1. text_share, pair_text_share: of a text's tokens that are masked. image_masked: patches
     of an image that are masked, block-wise (75 of 14 x 14, the official code's "40%"); mask_min_cells: the smallest block's area.
     pair_masks: a pair has "both" sides masked at once, or "one", drawn for each (the paper does not say).
-    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids. drop_worst: share of the caption tokens with the largest
-    losses that is left out after ``drop_worst_after`` steps.
+    caption_share: of a caption's tokens. label_smoothing: of captions, shared by all wrong ids; of classes, by all. drop_worst: share of the
+    caption tokens with the largest losses that is left out after ``drop_worst_after`` steps. mixup, cutmix: of images with classes, see ``losses.mixing``.
     """
     for name in weights:
         if name not in TERMS:
@@ -213,11 +212,14 @@ def build_loss(*, weights: dict, streams: dict | None = None, text_share: float 
     for name, share in (("label_smoothing", label_smoothing), ("drop_worst", drop_worst)):
         if not 0 <= share < 1:
             raise ConfigError(f"loss.{name}={share} is not a share below 1; nearest: {min(max(share, 0.0), 0.9)}")
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if value < 0 or value and CLS not in terms:
+            raise ConfigError(f"loss.{name}={value}: mixtures are of images with classes (loss.weights.{CLS}), by a number above 0; nearest: 0")
     if pair_masks not in PAIR_MASKS:
         raise ConfigError(f"loss.pair_masks={pair_masks!r} is not known{nearest(pair_masks, PAIR_MASKS)}")
     return dict(weights=weights, terms=terms, streams=streams, text_share=text_share, pair_text_share=pair_text_share, image_masked=image_masked,
                 mask_min_cells=mask_min_cells, pair_masks=pair_masks, caption_share=caption_share, label_smoothing=label_smoothing, drop_worst=drop_worst,
-                drop_worst_after=drop_worst_after)
+                drop_worst_after=drop_worst_after, mixup=mixup, cutmix=cutmix)
 
 
 def build(config: Any) -> System:
@@ -227,12 +229,12 @@ def build(config: Any) -> System:
     terms, weights = o["terms"], o["weights"]
     model = configs.call(build_model, config.model, "model", size=data.size, terms=terms, images=data.images)
     check(o, model, data)
-    answers = table(config.model.get("answer_ids", ()), tokens["pad"])
-    image_key, grid = "images" if data.images > 1 else "image", model.tower.image_size // model.tower.patch
+    listed = table(config.model.get("answer_ids", ()), tokens["pad"])
+    grid = model.tower.image_size // model.tower.patch
     apply = functools.partial(run, model)
 
     def init(key, spec):
-        variables = model.init(key, jnp.zeros((1, *spec[image_key].shape[-3:]), jnp.float32), jnp.zeros((1, 2), jnp.int32))
+        variables = model.init(key, jnp.zeros((1, data.size, data.size, 3), jnp.float32), jnp.zeros((1, 2), jnp.int32))
         return {**variables, "params": beit3.by_depth(variables["params"])}
 
     def encode(variables: Variables, *args: Any, key=None) -> jax.Array:
@@ -325,17 +327,8 @@ def build(config: Any) -> System:
         return apply(variables, Beit3.tell, apply(variables, Beit3.pool, states))
 
     def question(variables: Variables, batch: Batch, context: Context):
-        """Cross-entropy of every listed answer with its soft score, summed over the list."""
         logits = answered(variables, batch, context.drop("question"))
-        if "scores" in batch:
-            target = batch["scores"]
-        else:
-            same = equal(batch["answer"], batch["answer_mask"], answers, tokens["pad"])      # [b, a, list]
-            given = jnp.round(10 * (same * batch["answer_weight"][..., None]).sum(1)).astype(jnp.int32)
-            target = jnp.asarray(SCORES)[jnp.clip(given, 0, len(SCORES) - 1)]
-        each = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-        chosen = jnp.take_along_axis(target, logits.argmax(1)[:, None], axis=1)
-        return each.sum(1).mean(), {"accuracy": chosen.mean(), "listed": (target.max(1) > 0).mean()}
+        return answer_loss(logits, batch["answer_target"] if "answer_target" in batch else soft_targets(batch, listed, tokens["pad"]))
 
     def class_logits(variables: Variables, batch: Batch, key=None) -> jax.Array:
         if data.images == 2:
@@ -346,9 +339,13 @@ def build(config: Any) -> System:
         return apply(variables, Beit3.classify, encode(variables, batch["image"], None, key=key))
 
     def classed(variables: Variables, batch: Batch, context: Context):
+        targets = soft_labels(batch["label"], model.classes, o["label_smoothing"] if context.train else 0.0)
+        if context.train and data.images == 1:
+            image = normalise(batch["image"], model.mean, model.std)
+            image, targets = mix(context.key("mix"), image, targets, mixup=o["mixup"], cutmix=o["cutmix"])
+            batch = {**batch, "image": image}
         logits = class_logits(variables, batch, context.drop("class"))
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1)
-        return nll.mean(), {"accuracy": (logits.argmax(1) == batch["label"]).mean()}
+        return soft_cross_entropy(logits, targets), {"accuracy": (logits.argmax(1) == targets.argmax(1)).mean()}
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
         found, metrics = masked_data(variables, batch, context) if set(terms) & set(MASKED) else ({}, {})
@@ -429,10 +426,9 @@ def build(config: Any) -> System:
         pooled = apply(variables, Beit3.pool, states)
         logits = scores = apply(variables, Beit3.tell, pooled)
         if "candidates" in batch:
-            if not len(answers):
+            if not len(listed):
                 raise ConfigError("model.answers is empty: nobody knows which answers the head's classes are; nearest: a file with one a line")
-            same = equal(batch["candidates"][None], batch["candidates_mask"][None], answers, tokens["pad"])[0]      # [c, list]
-            scores = jnp.where(same.any(1), jnp.take(logits, same.argmax(1), axis=1), jnp.finfo(jnp.float32).min)
+            scores = rank(logits, batch["candidates"], batch["candidates_mask"], listed, tokens["pad"])
         best, top = jax.lax.top_k(scores, min(k, scores.shape[1]))
         return {"answer": top[:, 0].astype(jnp.int32), "score": best[:, 0], "top": top.astype(jnp.int32), "top_score": best, "logits": logits, "pooled": pooled}
 
@@ -443,7 +439,8 @@ def build(config: Any) -> System:
     offered = {"features": (features, True), "fuse": (fuse, True), "embed": (embed, {ITC}), "caption_logits": (caption_logits, {MLM, PAIR_MLM, CAP}),
                "generate": (generate, {MLM, PAIR_MLM, CAP} if not model.tower.joint_layers else set()), "answer": (answer, {VQA}),
                "classify": (classify, {CLS})}
-    return System(model, init, loss, {name: fn for name, (fn, needed) in offered.items() if needed is True or needed & set(terms)}, papers=("2208.10442",))
+    return System(model, init, loss, {name: fn for name, (fn, needed) in offered.items() if needed is True or needed & set(terms)}, papers=("2208.10442",),
+                  adopt={"vqkd": image_codes.FROM_VQKD})
 
 
 def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
@@ -456,9 +453,13 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
                           f"{max(1, round(data.batch / group)) * group}")
     if data.microbatch:
         raise ConfigError(f"data.microbatch={data.microbatch} is not supported by beit3; nearest: 0, and model.tower.remat for memory")
+    if not data.images and terms != {MLM}:
+        raise ConfigError(f"data.images=0, but of loss.weights only {MLM} learns from texts alone; nearest: 1")
     if data.images > 2 or data.images == 2 and CLS not in terms:
         raise ConfigError(f"data.images={data.images}: two images stand beside a text where loss.weights has cls, else one; nearest: "
                           f"{2 if CLS in terms else 1}")
+    if data.images == 2 and (o["mixup"] or o["cutmix"]):
+        raise ConfigError(f"loss.mixup={o['mixup']} and loss.cutmix={o['cutmix']} are of images alone, not of data.images=2; nearest: 0")
     if CLS in terms and len(data.classes) not in (0, model.classes):
         raise ConfigError(f"data.classes={tuple(data.classes)} are {len(data.classes)}, but model.classes={model.classes}; nearest: "
                           f"model.classes={len(data.classes)}")
@@ -469,18 +470,3 @@ def check(o: dict[str, Any], model: Beit3, data: Any) -> None:
     if data.length > model.tower.positions - beit3.DEAD_ROWS:
         places = model.tower.positions - beit3.DEAD_ROWS
         raise ConfigError(f"data.length={data.length} exceeds the {places} places of model.tower.positions={model.tower.positions}; nearest: {places}")
-
-
-def table(answer_ids: tuple[tuple[int, ...], ...], pad: int) -> jax.Array:
-    """Answers as rows of ids [list, l], padded."""
-    longest = max(map(len, answer_ids), default=0)
-    return jnp.asarray([[*ids, *[pad] * (longest - len(ids))] for ids in answer_ids], jnp.int32).reshape(len(answer_ids), longest)
-
-
-def equal(ids: jax.Array, real: jax.Array, answers: jax.Array, pad: int) -> jax.Array:
-    """Which of the listed answers [list, m] each of ids [b, a, l] is: bool [b, a, list]. Rows without a real token are none."""
-    real = real.astype(bool)
-    length = max(ids.shape[-1], answers.shape[1])
-    ids = jnp.pad(jnp.where(real, ids, pad), ((0, 0), (0, 0), (0, length - ids.shape[-1])), constant_values=pad)
-    answers = jnp.pad(answers, ((0, 0), (0, length - answers.shape[1])), constant_values=pad)
-    return (ids[:, :, None] == answers).all(-1) & real.any(-1, keepdims=True)

@@ -17,6 +17,7 @@ from vlm_jax.losses.matching import NEGATIVES, draw, matching, pairs
 from vlm_jax.losses.momentum import TARGETS, enqueue, lerp, make_queues, momentum_contrastive, other_groups, replaced, shadowed
 from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import bert, vit
+from vlm_jax.models.language import after_first
 from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
@@ -207,7 +208,7 @@ def build(config: Any) -> System:
     def write(variables: Variables, batch: Batch, context: Context, image_tokens):
         """(LM in nats a token, accuracy)."""
         prompt = model.prompt if o["prompt"] == "model" else ()
-        ids, mask = behind(prompt, batch["text"]), behind((True,) * len(prompt), batch["text_mask"])
+        ids, mask = after_first(prompt, batch["text"]), after_first((True,) * len(prompt), batch["text_mask"])
         states = apply(variables, Blip.write, ids, image_tokens, key=context.drop("write"))
         counted = mask[:, 1:] & (jnp.arange(ids.shape[1] - 1) >= len(prompt))
         nll, count, hits = captioning(states[:, :-1], apply(variables, Blip.vocabulary), ids[:, 1:], counted, label_smoothing=o["label_smoothing"])
@@ -260,12 +261,6 @@ def build(config: Any) -> System:
     predict = {name: functools.partial(fn, model) for name, (fn, there) in offered.items() if there}
     return System(model, init, loss, predict | ({"generate": generate} if LM in terms else {}), init_carry, next_carry,
                   {"image_queue|text_queue": ("none", "none"), "id_queue": ("none",)}, papers=("2201.12086",))
-
-
-def behind(prompt: tuple, rows: jax.Array) -> jax.Array:
-    """rows [b, l] with ``prompt`` inserted after the first place."""
-    middle = jnp.tile(jnp.asarray(prompt, rows.dtype), (rows.shape[0], 1))
-    return jnp.concatenate([rows[:, :1], middle, rows[:, 1:]], 1)
 
 
 def embed(model: Blip, variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 stages to start from.
 
 Its leaves have the paths that a system of several towers gives them (``image/...``, ``text/...``, ``lm_head/...``, ``language/...``), so
-that the rules of an ``init`` are short. It is called, not trained.
+that the rules of an ``init`` are short. A language model learns to predict the next token; the others are called, not trained.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ import jax.numpy as jnp
 from vlm_jax import config as configs
 from vlm_jax.decode import generate as decode
 from vlm_jax.errors import ConfigError
+from vlm_jax.losses.captioning import caption_nll, captioning
+from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import bert, t5, vit
-from vlm_jax.models.language import Language, continuation
+from vlm_jax.models.language import Language, continuation, predict_ids
 from vlm_jax.models.language import build as build_language
 from vlm_jax.models.sizes import sizes
+from vlm_jax.nn.chunk import chunked
 from vlm_jax.nn.pixels import compute_dtype, normalise
-from vlm_jax.system import Batch, System, Variables, run
+from vlm_jax.system import Batch, Context, Output, System, Variables, drop_key, run
+
+LM = "lm"
 
 PAPERS = {"opt": ("2205.01068",), "llama": ("2302.13971",), "t5": ("1910.10683", "2210.11416")}
 
@@ -81,10 +86,12 @@ def build(config: Any) -> System:
     model = configs.call(build_model, config.model, "model", size=config.data.size)
 
     def init(key, spec):
-        return model.init(key, jnp.zeros((1, *spec["image"].shape[1:]), jnp.float32), jnp.zeros((1, *spec["text"].shape[1:]), jnp.int32))
+        image = spec["image"].shape[1:] if "image" in spec else (1, 1, 3)
+        return model.init(key, jnp.zeros((1, *image), jnp.float32), jnp.zeros((1, *spec["text"].shape[1:]), jnp.int32))
 
     def loss(variables: Variables, carry, batch: Batch, context):
-        raise ConfigError("a tower alone has no loss: name its directory in the init of another system's stage, such as configs/albef.py:base")
+        raise ConfigError("a tower alone has no loss: name its directory in the init of another system's stage, such as configs/albef.py:base; "
+                          "a language model has loss.weights.lm")
 
     def features(variables: Variables, batch: Batch, *, key=None) -> dict[str, jax.Array]:
         """image [b, n, width], tokens; or text [b, l, width], states."""
@@ -97,11 +104,40 @@ def build(config: Any) -> System:
         return {"logits": run(model, variables, SingleTower.predict_tokens, features(variables, batch)["text"]).astype(jnp.float32)}
 
     if model.language is not None:
-        return System(model, init, loss, {name: functools.partial(fn, model) for name, fn in (("features", states), ("logits", logits))}
+        weights = configs.to_plain(config.loss.get("weights", {}))
+        learn = functools.partial(next_tokens, model, config.data, weights) if wanted(weights, LM) else loss
+        return System(model, init, learn, {name: functools.partial(fn, model) for name, fn in (("features", states), ("logits", logits))}
                       | {"generate": functools.partial(generate, model, configs.to_plain(config.model.tokens))},
                       papers=PAPERS[config.model.language["family"]])
     return System(model, init, loss, {"features": features, **({"mlm_logits": mlm_logits} if model.with_lm_head else {})},
                   papers=("2010.11929",) if model.image is not None else ("1810.04805",))
+
+
+def next_tokens(model: SingleTower, data: Any, weights: dict[str, float], variables: Variables, carry: Any, batch: Batch, context: Context
+                ) -> tuple[jax.Array, Output]:
+    """Mean over the batch's learned tokens of -log p(token | those before it): of ``text``, but for its first, in layout "plain", of ``target_mask`` in
+    "joined". With an encoder, which reads ``prompt`` (layout "apart"), of all of ``text``. Raises ConfigError for an encoder without a prompt."""
+    encodes = isinstance(model.language, t5.T5)
+    if encodes and "prompt" not in batch:
+        raise ConfigError(f"data.layout={data.layout!r}: the encoder of this language model has nothing to read; nearest: 'apart'")
+    target = batch.get("target_mask", batch["text_mask"]).astype(bool)
+
+    def read(part: Batch, chunk: jax.Array) -> jax.Array:
+        def of(m):
+            if encodes:
+                nothing = jnp.zeros((len(part["text"]), 0, m.language.width), m.language.dtype)
+                return predict_ids(m.language, nothing, part["prompt"], part["prompt_mask"], part["text"], part["text_mask"])
+            return m.language(m.language.embed(part["text"]), part["text_mask"])
+        return run(model, variables, of, key=drop_key(context, chunk))
+
+    texts = {name: batch[name] for name in ("text", "text_mask", "prompt", "prompt_mask") if name in batch}
+    found, ids = chunked(read, data.microbatch)(texts), batch["text"]
+    if not encodes:      # row t of a decoder predicts id t + 1
+        found, ids, target = found[:, :-1], ids[:, 1:], target[:, 1:]
+    score = caption_nll if 0 < data.microbatch < data.batch else captioning
+    nll, count, hits = (x.sum() for x in score(found, run(model, variables, lambda m: m.language.vocabulary()), ids, target))
+    total, raw = weigh({LM: nll / jnp.maximum(count, 1)}, weights)
+    return total, Output({**raw, "token_accuracy": hits / jnp.maximum(count, 1)})
 
 
 def given(tower: Language, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -14,18 +14,18 @@ import numpy as np
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.losses.answers import answer_loss, rank, soft_targets, table
 from vlm_jax.losses.block_mask import block_mask
 from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.losses.masked import mask_tokens, mask_words, masked_lm
 from vlm_jax.losses.matching import NEGATIVES, draw, matching, pairs
 from vlm_jax.losses.momentum import other_groups
 from vlm_jax.losses.terms import wanted, weigh
-from vlm_jax.models import bert, vlmo
+from vlm_jax.models import bert, image_codes, vlmo
 from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import Linear
-from vlm_jax.nn.mlp import gelu
-from vlm_jax.nn.norm import Norm
-from vlm_jax.nn.pixels import colour_bins, compute_dtype, normalise
+from vlm_jax.nn.mlp import TwoLayerHead
+from vlm_jax.nn.pixels import compute_dtype, normalise, unnormalise
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -34,44 +34,18 @@ NEEDS: Mapping[str, tuple[str, ...]] = {     # loss term -> the heads that it tr
     "mim": ("mim",), "textmlm": ("mlm",), "itc": ("itc",), "itm": ("itc", "pooler", "itm"), "mlm": ("mlm",),
     "vqa": ("pooler", "vqa"), "nlvr": ("pooler", "nlvr")}
 MASKING = ("tokens", "words")
-BINS = 8      # of each colour
-
-
-def colours(image: jax.Array, patch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """int32 [b, patches]: which of 8 x 8 x 8 bins each patch's mean colour lies in. It stands in for the tokens of a learned image tokenizer
-    where pictures are as plain as scenes."""
-    x = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image * jnp.asarray(std) + jnp.asarray(mean)
-    return colour_bins(x, patch, BINS)
-
-
-TARGETS = {"colours": colours}      # what masked patches are to tell: (images, patch, mean, std) -> ids
-
-
-class ClassHead(nn.Module):
-    """[b, features] -> logits [b, classes]: Linear, LayerNorm of eps 1e-5, GELU, Linear, over ``hidden`` units."""
-    hidden: int
-    classes: int
-    dtype: Any
-
-    def setup(self):
-        init = nn.initializers.normal(0.02)
-        self.up = Linear(self.hidden, ("embed", "mlp"), True, init, dtype=self.dtype)
-        self.down = Linear(self.classes, ("mlp", "joint"), True, init, dtype=self.dtype)
-        self.norm = Norm("layernorm", 1e-5)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(gelu(self.norm(self.up(x))))
 
 
 class Vlmo(nn.Module):
     """The transformer and its heads. Features are unit vectors of its width.
 
     heads: what there is of "mim" (codes of masked patches), "pooler", "mlm", "itm", "itc" and "itc_vl" (projections and scale of the two
-    contrastive branches), "vqa", "nlvr". The trunk's parameters lie at the top: ``blocks/*``, ``image/*``, ``text/*``.
+    contrastive branches), "vqa", "nlvr". The trunk's parameters lie at the top: ``blocks/*``, ``image/*``, ``text/*``; where what tells masked
+    patches has some, they are at ``tokenizer/*`` and frozen (``trainable``).
     """
     trunk: vlmo.Mome
     heads: tuple[str, ...]
-    codes: int = 0
+    targets: nn.Module
     classes: int = 0
     scale: float = 1 / 0.07
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -89,7 +63,8 @@ class Vlmo(nn.Module):
             return self.param(name, nn.with_logical_partitioning(nn.initializers.constant(np.log(self.scale)), ()), (), jnp.float32)
 
         if "mim" in self.heads:
-            self.mim_head = head(self.codes)
+            self.mim_head = head(self.targets.codes)
+            self.tokenizer = self.targets.clone(parent=None, name=None)
         if "pooler" in self.heads:
             self.pooler = head(width)
         if "mlm" in self.heads:
@@ -102,9 +77,9 @@ class Vlmo(nn.Module):
         if "itc_vl" in self.heads:
             self.image_vl_head, self.text_vl_head, self.logit_vl_scale = head(width, False), head(width, False), log_scale("logit_vl_scale")
         if "vqa" in self.heads:
-            self.vqa_head = ClassHead(2 * width, self.classes, self.dtype)
+            self.vqa_head = TwoLayerHead(2 * width, self.classes, dtype=self.dtype)
         if "nlvr" in self.heads:
-            self.nlvr_head = ClassHead(2 * width, 2, self.dtype)
+            self.nlvr_head = TwoLayerHead(2 * width, 2, dtype=self.dtype)
 
     def embed_image(self, image: jax.Array, masked: jax.Array | None = None, row: int = vlmo.IMAGE_TYPE) -> jax.Array:
         """image [b, h, w, 3] -> embeddings [b, n, width], which the routes start from. masked bool [b, patches]."""
@@ -157,6 +132,10 @@ class Vlmo(nn.Module):
         """States of images -> logits [b, patches, codes]."""
         return self.mim_head(states[:, 1:]).astype(jnp.float32)
 
+    def codes(self, image: jax.Array) -> jax.Array:
+        """image [b, h, w, 3] -> ids [b, patches] that its patches are to be told as."""
+        return jax.lax.stop_gradient(self.tokenizer(unnormalise(image, self.mean, self.std)))
+
     def answer(self, states: jax.Array) -> jax.Array:
         """Joint states -> logits fp32 [b, answers]."""
         return self.vqa_head(self.pool(states)).astype(jnp.float32)
@@ -168,11 +147,12 @@ class Vlmo(nn.Module):
 
     def __call__(self, image: jax.Array, ids: jax.Array):
         """Everything once: for parameters' shapes."""
-        out, image = [], self.embed_image(image, jnp.ones((1, self.trunk.side ** 2), bool) if "mim" in self.heads else None)
+        out, pixels = [], image
+        image = self.embed_image(pixels, jnp.ones((1, self.trunk.side ** 2), bool) if "mim" in self.heads else None)
         vl = ("vl",) if "vl" in self.trunk.experts else ()
         states = self.encode_image(image, ("image", *vl))
         if "mim" in self.heads:
-            out.append(self.predict_codes(states[0]))
+            out += [self.predict_codes(states[0]), *([self.codes(pixels)] if not isinstance(self.targets, image_codes.Unknown) else [])]
         if self.trunk.with_text:
             text, mask = self.embed_text(ids), jnp.ones(ids.shape, bool)
             read, fused = self.encode_text(text, mask, ("text", *vl)), self.joint(text, mask, image)
@@ -189,11 +169,14 @@ class Vlmo(nn.Module):
         return out
 
 
-def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict | None = None, codes: int = 0, classes: int = 0, scale: float = 1 / 0.07,
-                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (), pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
+def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict | None = None, targets: dict | None = None, classes: int = 0,
+                scale: float = 1 / 0.07, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), answers: Any = (), answer_ids: Any = (),
+                pieces: tuple[int, ...] = (), dtype: str = "auto") -> Vlmo:
     """The module of a config's ``model`` section.
 
-    trunk: fields of ``models.vlmo.Mome``. codes: classes of masked patches. answers: what questions are answered with, texts or a file with
+    trunk: fields of ``models.vlmo.Mome``. targets: what masked patches are to be told as (``models.image_codes``): kind "colours" (a stand-in; ``bins``),
+    "vqkd" (a frozen tokenizer: ``encoder``, a ViT, ``codes`` and ``code_width``; its weights are for ``init`` to bring, and ``trainable`` leaves out
+    tokenizer/.*) or "unknown". answers: what questions are answered with, texts or a file with
     one a line; answer_ids: the same as the tokenizer writes them, filled in from it; classes: how many, where they are not told.
     pieces: ids that go on with the word before them, filled in likewise.
     """
@@ -201,28 +184,28 @@ def build_model(*, trunk: dict, heads: tuple[str, ...], size: int, tokens: dict 
     for head in heads:
         if head not in HEADS:
             raise ConfigError(f"model.heads={tuple(heads)}: {head!r} is not a head{nearest(head, HEADS)}")
-    if "mim" in heads and codes < 2:
-        raise ConfigError(f"model.codes={codes}: the codes of masked patches are two or more; nearest: {BINS ** 3}, of colours")
     if answer_ids and classes not in (0, len(answer_ids)):
         raise ConfigError(f"model.classes={classes}, but model.answers are {len(answer_ids)}; nearest: 0, as many as there are")
     classes = classes or len(answer_ids)
     if "vqa" in heads and not classes:
         raise ConfigError("model.classes=0 and model.answers says none: a classifier of answers needs a list of them; nearest: model.answers=FILE")
     trunk = sizes(vlmo.VARIANTS, **{"vocab": tokens["vocab"] if tokens else 0, "image_size": size, "dtype": dtype, "with_mask": "mim" in heads, **trunk})
-    return Vlmo(vlmo.Mome(**trunk), heads=tuple(heads), codes=codes, classes=classes, scale=scale, mean=tuple(mean), std=tuple(std), dtype=dtype)
+    trunk = vlmo.Mome(**trunk)
+    told = image_codes.make_targets(trunk.patch, size, **(targets or {}))
+    return Vlmo(trunk, tuple(heads), told, classes=classes, scale=scale, mean=tuple(mean), std=tuple(std), dtype=dtype)
 
 
 def build_loss(*, weights: dict, negatives: str = "hard", group: int = 0, ranks: int = 1, masking: str = "tokens", mask_share: float = 0.15,
-               targets: str = "colours", block_share: float = 75 / 196) -> dict[str, Any]:
+               block_share: float = 75 / 196) -> dict[str, Any]:
     """The ``loss`` section, checked.
 
     weights: of ``mim``; ``textmlm`` (texts alone); ``itc``, ``itm``, ``mlm``; ``vqa``; ``nlvr``. negatives: of matching, "hard" (by similarity) or
     "random". group: rows that are mined among themselves, as where negatives are local to a GPU; 0: the whole batch. ranks: the gradient
     of itc's features is divided by it, that of the scales is not: the official code, where each of so many GPUs lets its own features
     alone learn and the average over all is taken, trains so. masking: of texts, "tokens" or "words" whole; mask_share: how much.
-    targets: what masked patches are to tell ("colours"); block_share: how much of an image is masked (75 of 196 patches, as BEiT's).
+    block_share: how much of an image is masked (75 of 196 patches, as BEiT's).
     """
-    for name, value, valid in (("negatives", negatives, NEGATIVES), ("masking", masking, MASKING), ("targets", targets, tuple(TARGETS))):
+    for name, value, valid in (("negatives", negatives, NEGATIVES), ("masking", masking, MASKING)):
         if value not in valid:
             raise ConfigError(f"loss.{name}={value!r} is not known{nearest(value, valid)}")
     for name in weights:
@@ -230,8 +213,7 @@ def build_loss(*, weights: dict, negatives: str = "hard", group: int = 0, ranks:
             raise ConfigError(f"loss.weights.{name} is not a term{nearest(name, NEEDS)}")
     if ranks < 1:
         raise ConfigError(f"loss.ranks={ranks} must be at least 1; nearest: 1")
-    return dict(weights=weights, negatives=negatives, group=group, ranks=ranks, masking=masking, mask_share=mask_share,
-                targets=targets, block_share=block_share)
+    return dict(weights=weights, negatives=negatives, group=group, ranks=ranks, masking=masking, mask_share=mask_share, block_share=block_share)
 
 
 def on_ranks(x: jax.Array, ranks: int) -> jax.Array:
@@ -251,24 +233,23 @@ def build(config: Any) -> System:
                 raise ConfigError(f"loss.weights.{term} needs the head {head!r}, which model.heads={model.heads} lacks; nearest: {(*model.heads, head)}")
     if data.microbatch:
         raise ConfigError(f"data.microbatch={data.microbatch}: negatives are mined from the whole batch; nearest: 0, and model.trunk.remat for memory")
-    if "mim" in terms_wanted and o["targets"] == "colours" and model.codes != BINS ** 3:
-        raise ConfigError(f"model.codes={model.codes}, but loss.targets='colours' are {BINS ** 3}; nearest: {BINS ** 3}")
+    if not data.images and set(terms_wanted) != {"textmlm"}:
+        raise ConfigError("data.images=0, but of loss.weights only textmlm learns from texts alone; nearest: data.images=1")
     if "nlvr" in terms_wanted and data.images != 2:
         raise ConfigError(f"data.images={data.images}, but statements are about two images; nearest: data.images=2 and data.classes=('False', 'True')")
     if "vqa" in terms_wanted and not data.answers:
         raise ConfigError("data.answers=0, but a system that answers learns from answers; nearest: 10, and data.answer_length=8")
-    listed = np.asarray(config.model.get("answer_ids") or np.zeros((0, 1)), np.int32)
+    listed = table(config.model.get("answer_ids") or (), tokens.get("pad", 0))
     continues = np.zeros(model.trunk.vocab + 1, bool)
     continues[list(config.model.get("pieces") or ())] = True
     if o["masking"] == "words" and not continues.any() and data.tokenizer:
         raise ConfigError(f"loss.masking='words', but tokenizer {data.tokenizer!r} has no pieces that go on with a word; nearest: 'tokens'")
     if "vqa" in terms_wanted and not len(listed) and data.tokenizer:
         raise ConfigError("model.answers is empty: questions are answered from a list; nearest: model.answers=FILE, with one answer a line")
-    apply, branches = functools.partial(run, model), ("itc_vl" in model.heads) + 1
+    apply, branches, patches = functools.partial(run, model), ("itc_vl" in model.heads) + 1, model.trunk.side ** 2
 
     def init(key, spec):
-        image = spec["image"] if "image" in spec else spec["images"]
-        return model.init(key, jnp.zeros((1, *image.shape[-3:]), jnp.float32), jnp.zeros((1, *spec["text"].shape[1:]), jnp.int32))
+        return model.init(key, jnp.zeros((1, data.size, data.size, 3), jnp.float32), jnp.zeros((1, data.length), jnp.int32))
 
     def hide(context: Context, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(ids with words masked, bool: where), as the batch has them or by chance."""
@@ -302,8 +283,8 @@ def build(config: Any) -> System:
         embed_text = functools.partial(apply, variables, Vlmo.embed_text)
 
         if "mim" in terms_wanted:
-            masked = batch.get("masked_patches", block_mask(context.key("blocks"), rows, model.trunk.side, round(o["block_share"] * model.trunk.side ** 2), min_cells=max(1, 16 * model.trunk.side ** 2 // 196)))
-            codes = TARGETS[o["targets"]](batch["image"], model.trunk.patch, model.mean, model.std)
+            drawn = block_mask(context.key("blocks"), rows, model.trunk.side, round(o["block_share"] * patches), min_cells=max(1, 16 * patches // 196))
+            masked, codes = batch.get("masked_patches", drawn), apply(variables, Vlmo.codes, batch["image"])
             states, = apply(variables, Vlmo.encode_image, apply(variables, Vlmo.embed_image, batch["image"], masked), key=context.drop("image"))
             logp = jax.nn.log_softmax(apply(variables, Vlmo.predict_codes, states))
             told, count = jnp.take_along_axis(logp, codes[..., None], axis=-1)[..., 0], jnp.maximum(masked.sum(), 1)
@@ -348,9 +329,9 @@ def build(config: Any) -> System:
 
         if "vqa" in terms_wanted:
             logits = apply(variables, Vlmo.answer, apply(variables, Vlmo.joint, text, mask, image, key=context.drop("joint")))
-            target = batch["answer_target"] if "answer_target" in batch else soft_targets(listed, tokens["pad"], batch)
-            terms["vqa"] = (jax.nn.softplus(logits) - target * logits).sum(1).mean()
-            metrics["vqa_score"] = jnp.take_along_axis(target, logits.argmax(1)[:, None], axis=1).mean()
+            target = batch["answer_target"] if "answer_target" in batch else soft_targets(batch, listed, tokens["pad"])
+            terms["vqa"], told = answer_loss(logits, target)
+            metrics |= told
         if "nlvr" in terms_wanted:
             logits = judged(variables, batch, context)
             terms["nlvr"], metrics["accuracy"] = matching(logits, batch["label"])
@@ -420,8 +401,8 @@ def build(config: Any) -> System:
     def answer(variables: Variables, batch: Batch, *, key=None, method: str = "rank", k: int = 1) -> dict[str, jax.Array]:
         """Answers to questions ``text`` [b, l] about ``image``, of the model's own list: answer int32 [b] and score fp32 [b], its logit; logits [b, answers].
 
-        ``candidates`` int32 [c, l] (``candidates_mask``; as the tokenizer gives them): answer is then the number of one of them, the likeliest
-        that is in the list; -inf is the score where none is. top int32 [b, k] and top_score: the likeliest k, best first.
+        ``candidates`` int32 [c, l] (with ``candidates_mask``, as the tokenizer gives them): answer is then the number of one of them, the likeliest
+        that is in the list; the least number is the score where none is. top int32 [b, k] and top_score: the likeliest k, best first.
         """
         if method != "rank":
             raise ConfigError(f"method={method!r}: a classifier of answers writes none; nearest: 'rank'")
@@ -432,8 +413,7 @@ def build(config: Any) -> System:
                     raise ConfigError(f"{len(batch['candidates'])} candidates, but the model has {model.classes} answers and was not told which "
                                       f"(model.answers); nearest: its own {model.classes}, in their order")
             else:
-                same = equal(batch["candidates"], listed, tokens["pad"])      # [c, answers]
-                scored = jnp.where(same.any(1), logits[:, same.argmax(1)], -jnp.inf)
+                scored = rank(logits, batch["candidates"], batch["candidates_mask"], listed, tokens["pad"])
         top_score, top = jax.lax.top_k(scored, min(k, scored.shape[1]))
         return {"answer": top[:, 0].astype(jnp.int32), "score": top_score[:, 0], "top": top.astype(jnp.int32), "top_score": top_score, "logits": logits}
 
@@ -443,19 +423,4 @@ def build(config: Any) -> System:
 
     offered = {"embed": (embed, "itc"), "match": (match, "itm"), "mlm_logits": (mlm_logits, "mlm"), "answer": (answer, "vqa"), "classify": (classify, "nlvr")}
     predict = {"features": features, "states": states, **{name: fn for name, (fn, head) in offered.items() if head in model.heads}}
-    return System(model, init, loss, predict, papers=("2111.02358",))
-
-
-def equal(ids: jax.Array, listed: np.ndarray, pad: int) -> jax.Array:
-    """bool [n, answers]: which rows of ids [n, m] are which of the list [answers, l], both padded on the right."""
-    length = max(ids.shape[-1], listed.shape[-1])
-    ids, listed = (jnp.pad(x, ((0, 0), (0, length - x.shape[-1])), constant_values=pad) for x in (ids, jnp.asarray(listed)))
-    return (ids[:, None] == listed).all(-1)
-
-
-def soft_targets(listed: np.ndarray, pad: int, batch: Batch) -> jax.Array:
-    """fp32 [b, answers]: how right each answer of the list is, min(1, 0.3 n) where n of ten people gave it."""
-    ids = batch["answer"]
-    same = equal(ids.reshape(-1, ids.shape[-1]), listed, pad).reshape(*ids.shape[:2], -1)
-    score = jnp.where(batch["answer_weight"] > 0.35, 1.0, 3 * batch["answer_weight"])
-    return jnp.max(same * score[..., None], axis=1)
+    return System(model, init, loss, predict, papers=("2111.02358",), adopt={"vqkd": image_codes.FROM_VQKD})

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import struct, traverse_util
 
 from vlm_jax.errors import ConfigError, nearest
-from vlm_jax.system import Moving, Params, System, Variables
-
-WIDE = ("kernel", "table")     # leaves that hold nearly all of a model
+from vlm_jax.system import Moving, Params, Variables
 
 
 @struct.dataclass
@@ -76,28 +72,6 @@ def split(params: Params, trainable: Sequence[str]) -> tuple[Params, Params]:
             raise ConfigError(f"trainable pattern {pattern!r} matches no parameter{nearest(pattern, params)}")
     chosen = {p for p in params if any(re.fullmatch(pattern, p) for pattern in trainable)}
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
-
-
-FROZEN_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def narrow(system: System, trainable: Sequence[str], dtype: str) -> System:
-    """The system whose kernels and tables that do not train are of ``dtype``, a name in ``FROZEN_DTYPES``: of a large frozen tower half the
-    memory, and half of its checkpoint. Norms and biases stay float32. Raises ConfigError for another name."""
-    if dtype not in FROZEN_DTYPES:
-        raise ConfigError(f"frozen_dtype={dtype!r} is not known{nearest(dtype, FROZEN_DTYPES)}")
-    if dtype == "float32":
-        return system
-
-    def init(key: jax.Array, spec: Any) -> Variables:
-        variables = system.init(key, spec)
-        params = traverse_util.flatten_dict(variables["params"], sep="/", is_leaf=lambda _, v: isinstance(v, nn.meta.AxisMetadata))
-        for path, x in split(params, trainable)[1].items():
-            if path.rpartition("/")[2] in WIDE:
-                params[path] = x.replace_boxed(x.unbox().astype(FROZEN_DTYPES[dtype]))
-        return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
-
-    return dataclasses.replace(system, init=init)
 
 
 def merge(params: Params, frozen: Params, moving: Moving) -> Variables:

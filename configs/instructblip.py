@@ -1,0 +1,117 @@
+"""InstructBLIP: towards general-purpose vision-language models with instruction tuning (arXiv 2305.06500).
+
+python -m vlm_jax.main --config=configs/instructblip.py
+    The embedded preset on procedural scenes: both stages of configs/blip2.py, then the queries learn to read instructions of all kinds.
+python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,start=DIR,words=STAGE1,bert=vocab.txt,data=/data \\
+    --config.stages.instruct.data.tokenizer=DIR/tokenizer
+    A published size (vicuna7b vicuna13b flant5xl flant5xxl) by the paper's recipe on its 13 data sets, and its evaluations on the 13 that it never
+    saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage, which has the
+    Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says, each in the folder named below.
+python -m vlm_jax.importers.cli --release=blip2 --src=instruct_blip_vicuna7b_trimmed.pth --image=eva_vit_g.pth --language=VICUNA_V1.1 --out=DIR
+python -m vlm_jax.importers.cli --release=hf_blip2 --src=hf:Salesforce/instructblip-vicuna-7b --out=DIR --dtype=bfloat16
+    The released weights; --export=hf_blip2 writes what transformers opens.
+"""
+
+from vlm_jax import config as c
+
+# The language model's section and tokens where configs/blip2.py has none; Vicuna 1.1, with a row for padding. Its tokenizer's begin is its end, 2, but
+# texts are generated behind 1.
+VICUNA = {"vicuna7b": dict(family="llama", variant="7b"), "vicuna13b": dict(family="llama", variant="13b")}
+VICUNA_TOKENS, VICUNA_MARKS = dict(vocab=32001, bos=2, eos=2, pad=32000), dict(begin=2, pad=32000, candidate_end="none")
+BATCHES = {"vicuna7b": 128, "vicuna13b": 64, "flant5xl": 192, "flant5xxl": 64}      # section 3.2
+FROZEN = (r"(?!(image|language)/).*",)
+
+# ---- data sets: name and folder under data=
+
+HELD_IN = (("coco_caption", "coco"), ("capfilt", "capfilt"), ("textcaps", "textcaps"), ("vqav2", "vqa"), ("okvqa", "okvqa"), ("aokvqa", "aokvqa"),
+           ("ocrvqa", "ocrvqa"), ("vqg_vqav2", "vqa"), ("vqg_okvqa", "okvqa"), ("vqg_aokvqa", "aokvqa"), ("llava_conversation", "llava"),
+           ("llava_detail", "llava"), ("llava_reasoning", "llava"))
+# Shares are the roots of sizes as the paper counts them: VQAv2 by its 82 thousand images. It then lowered A-OKVQA and raised OKVQA by hand and does not say
+# how far: those two factors are ours.
+VQA_BY_IMAGES = (82 / 444) ** 0.5
+FACTORS = dict(vqav2=VQA_BY_IMAGES, vqg_vqav2=VQA_BY_IMAGES, aokvqa=0.5, okvqa=2.0)
+# What a caption is asked for, and how it and answers are written: lavis/projects/instructblip and its tasks
+CAPTION = dict(kind="caption", template="A short image caption.", options=dict(
+    method="beam", beams=5, max_length=80, min_length=10, length_penalty=1.0, repetition_penalty=1.15))
+ANSWER = dict(kind="vqa", template="Question: {q} Short answer:", options=dict(method="generate", beams=5, max_length=10))
+NO_YES = (("no", "false"), ("yes", "true"))
+
+
+def ranked(train):
+    """The most frequent training answers, all of them scored."""
+    return dict(kind="vqa", template="Question: {q} Short answer:", images=4, train=train, options=dict(method="rank", candidates="train:1000"))
+
+
+def held_out(root):
+    """The 13 sets that are never trained on: name -> evaluation at the end."""
+    def of(name, split, setting, folder=""):
+        return name, dict(dict(every=0, data=f"published:{name}:{split}:{root}/{folder or name}"), **setting)
+
+    choice = dict(kind="choice")
+    return dict((
+        of("nocaps", "val", CAPTION), of("flickr30k", "test", CAPTION), of("vizwiz", "test", ANSWER), of("textvqa", "val", ANSWER), of("gqa", "testdev", ANSWER),
+        of("scienceqa", "test", choice), of("iconqa", "test", choice), of("visdial", "val", choice),
+        of("vsr", "test", dict(choice, options=dict(verbalisers=NO_YES))), of("hateful_memes", "val", dict(choice, options=dict(verbalisers=NO_YES))),
+        of("msvd_qa", "test", ranked(f"published:msvd_qa:train:{root}/msvd_qa")), of("msrvtt_qa", "test", ranked(f"published:msrvtt_qa:train:{root}/msrvtt_qa")),
+        of("ivqa", "test", dict(ANSWER, images=4))))
+
+
+def held_in(root):
+    return ";".join(f"published:{name}:train:{root}/{folder}@{FACTORS.get(name, 1.0):.4g}" for name, folder in HELD_IN)
+
+
+def get_config(arg=""):
+    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="")
+    if args.size == "scenes":
+        return scenes(args.res or 48)
+    return c.stages(("instruct",), instruct=instruct(args.size, args.res or 224, args.start, args.words, args.bert, args.data))
+
+
+# ---- scenes: comparisons and videos are held out
+
+HELD_IN_TASKS = "caption+detail+count+colour+relation+existence+vqg+dialogue+choice"
+
+
+def scenes(res):
+    """Tokens, prompts and replies of scenes are short: 48 ids and 32 hold almost all."""
+    before = c.from_file(f"configs/blip2.py:scenes,res={res}").stages.to_dict()
+    pretrain, generate = before["pretrain"], before["generate"]
+    tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
+    asked = dict(kind="vqa", examples=500, options=dict(method="generate", beams=1))
+    instruct = dict(
+        generate, model=dict(generate["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), steps=500,
+        init=((r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy"), "@generate"),
+        data=dict(generate["data"], train=f"scenes:train/{HELD_IN_TASKS}", eval="scenes:test/instruct", templates="task", prompt_length=48, length=32,
+                  instruction_tokenizer="scenes_instruct", instruction_length=48),
+        evals=dict(caption=dict(kind="caption", examples=300, data="scenes:test/caption"),
+                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
+                   held_out=dict(asked, examples=300, data="scenes:test/comparison"), video=dict(asked, examples=200, data="scenes:test/video", images=4)))
+    order = ("eye", "language", "pretrain", "generate")      # folders have the numbers that configs/blip2.py gives them
+    return c.stages((*order, "instruct"), **{name: before[name] for name in order}, instruct=instruct)
+
+
+# ---- as published
+
+def from_blip2(start, words, vicuna):
+    """The second stage of BLIP-2 has all but the Q-Former's words, which are those of the first. A row for padding is added to Vicuna's tables."""
+    text = ((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{words}:" if words else "fresh", "copy"),)
+    rows = ((r"language/token_embed/table", f"{start}:", "grow"), (r"language/lm_head/kernel", f"{start}:", "grow_columns")) if vicuna else ()
+    return (*text, *rows, start)
+
+
+def instruct(size, res, start, words, bert, root):
+    """Section 3.2: 60K steps, validated every 3K; up to 1e-5 in 1,000 steps from 1e-8, then a cosine to 0. The eye and the language model are frozen; captions,
+    prompts and lengths are lavis's."""
+    vicuna = size in VICUNA
+    base = c.from_file(f"configs/blip2.py:{'opt2.7b' if vicuna else size}").stages.generate.to_dict()
+    model = dict(base["model"], end=-1, instruction_tokens=dict(vocab=30523, bos=101, eos=102, pad=0))
+    if vicuna:
+        model |= dict(language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS, first=1)
+    data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "", mixture="sqrt" if root else "",
+                batch=BATCHES[size], size=res, text_clean="", augment="random_resized_crop(scale=0.5..1)|flip", layout="joined" if vicuna else "apart",
+                prompt_length=128, length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task", marks=VICUNA_MARKS if vicuna else {})
+    evals = dict(vqav2=dict(ANSWER, examples=5000, every=3000), **held_out(root)) if root else {}
+    return c.stage(**{**base, **dict(
+        model=model, data=data, loss=dict(weights=dict(lm=1.0)), trainable=FROZEN, steps=60_000, evals=evals, init=from_blip2(start, words, vicuna) if start else (),
+        optim=dict(base["optim"], lr=1e-5, b1=0.9, b2=0.999, warmup=1000, start_lr=1e-8, end_lr=0.0), checkpoint=dict(every=3000, keep=2),
+        select=dict(metric="vqav2/accuracy") if root else {})})
