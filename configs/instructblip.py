@@ -8,6 +8,9 @@ python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,start=DIR,words
     saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage,
     which has the Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says,
     each in the folder named below.
+python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,language=VICUNA,words=STAGE1,...
+    For Vicuna, of whose second stage nothing was released: that stage first, by BLIP-2's recipe, with an imported language model (release hf_llama,
+    --dtype=bfloat16). With OPT and Flan-T5 configs/blip2.py trains it.
 python -m vlm_jax.importers.cli --release=blip2 --src=instruct_blip_vicuna7b_trimmed.pth --image=eva_vit_g.pth --language=VICUNA_V1.1 --out=DIR
 python -m vlm_jax.importers.cli --release=hf_blip2 --src=hf:Salesforce/instructblip-vicuna-7b --out=DIR --dtype=bfloat16
     The released weights; --export=hf_blip2 writes what transformers opens.
@@ -63,10 +66,14 @@ def held_in(root):
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="")
+    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="", language="")
     if args.size == "scenes":
         return scenes(args.res or 48)
-    return c.stages(("instruct",), instruct=instruct(args.size, args.res or 224, args.start, args.words, args.bert, args.data))
+    if args.language and (args.start or args.size not in VICUNA):
+        raise c.ConfigError(f"language={args.language!r} is for Vicuna's second stage, where start= names none; nearest: start={args.start or 'DIR'}")
+    second = dict(generate=generate(args.size, args.res or 224, args.words, args.language)) if args.language else {}
+    start = "@generate" if second else args.start
+    return c.stages((*second, "instruct"), instruct=instruct(args.size, args.res or 224, start, args.words, args.bert, args.data), **second)
 
 
 # ---- scenes
@@ -93,11 +100,24 @@ def scenes(res):
 
 # ---- as published
 
+def padded(origin):
+    """Vicuna's tables with a row for padding more."""
+    return (r"language/token_embed/table", f"{origin}:", "grow"), (r"language/lm_head/kernel", f"{origin}:", "grow_columns")
+
+
 def from_blip2(start, words, vicuna):
-    """The second stage of BLIP-2 has all but the Q-Former's words, which are those of the first. A row for padding is added to Vicuna's tables."""
+    """The second stage of BLIP-2 has all but the Q-Former's words, which are those of the first."""
     text = ((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{words}:" if words else "fresh", "copy"),)
-    rows = ((r"language/token_embed/table", f"{start}:", "grow"), (r"language/lm_head/kernel", f"{start}:", "grow_columns")) if vicuna else ()
-    return (*text, *rows, start)
+    return (*text, *(padded(start) if vicuna else ()), start)
+
+
+def generate(size, res, words, language):
+    """BLIP-2's second stage, whose recipe is that of configs/blip2.py, with Vicuna. Its batch is OPT's."""
+    base = c.from_file(f"configs/blip2.py:opt2.7b,res={res}").stages.generate.to_dict()
+    return c.stage(**{**base, **dict(
+        model=dict(base["model"], end=-1, first=1, language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS),
+        data=dict(base["data"], layout="joined", prompt_length=1, marks=VICUNA_MARKS),
+        init=(*padded(language), ("language/.*", f"{language}:", "copy"), ("projection/.*", "fresh", "copy"), words or (".*", "fresh", "copy"))))})
 
 
 def instruct(size, res, start, words, bert, root):

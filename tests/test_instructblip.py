@@ -453,6 +453,22 @@ def test_counts_are_the_papers_and_frozen_parts_have_no_slots(size, trained, who
         assert jax.eval_shape(stage.system.predict["features"], variables, video)["prefix"].shape == (1, 128, 4096)
 
 
+def test_vicunas_tables_get_a_row_for_padding():
+    table = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for how, x in (("grow", table), ("grow_columns", table.T)):
+        shape = (4, 2) if how == "grow" else (2, 4)
+        grown = weight_rules.apply(((".*", "x", how),), {"table": shape}, {"x": x})["table"]
+        np.testing.assert_array_equal(grown if how == "grow" else grown.T, [*table, table.mean(0)])
+    whole = config("instructblip", "vicuna7b,language=V,words=S")
+    built = {name: stages.resolve(whole.stages[name], name) for name in whole.stages}
+    assert whole.stage_order == ("generate", "instruct") and whole.stages.instruct.init[-1] == "@generate"
+    assert built["generate"].plan.count(trained=True) == 105_137_664 + 24_576 + 3_149_824 + 2816
+    text = {p for p in built["instruct"].plan.shapes if weight_rules.first_match((whole.stages.instruct.init[0],), p)}
+    assert set(built["instruct"].plan.shapes) - text == set(built["generate"].plan.shapes)
+    with pytest.raises(ConfigError, match="nearest: start=DIR"):
+        config("instructblip", "flant5xl,language=V")
+
+
 def test_held_out_sets_are_evaluated_by_their_measures():
     stage = config("instructblip", "vicuna7b,data=D").stages.instruct
     out = {n: s for n, s in SETS.items() if s.held == "out"}
