@@ -117,7 +117,7 @@ def generate(size, res, words, language):
     return c.stage(**{**base, **dict(
         model=dict(base["model"], end=-1, first=1, language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS),
         data=dict(base["data"], layout="joined", prompt_length=1, marks=VICUNA_MARKS),
-        init=(*padded(language), ("language/.*", f"{language}:", "copy"), ("projection/.*", "fresh", "copy"), words or (".*", "fresh", "copy"))))})
+        init=(*padded(language), ("language/.*", f"{language}:", "copy"), ("projection/.*", "fresh", "copy"), words or (".*", "fresh", "copy")))})
 
 
 def instruct(size, res, start, words, bert, root):
