@@ -5,8 +5,12 @@ python -m vlm_jax.main --config=configs/instructblip.py
 python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,start=DIR,words=STAGE1,bert=vocab.txt,data=/data \\
     --config.stages.instruct.data.tokenizer=DIR/tokenizer
     A published size (vicuna7b vicuna13b flant5xl flant5xxl) by the paper's recipe on its 13 data sets, and its evaluations on the 13 that it never
-    saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage, which has the
-    Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says, each in the folder named below.
+    saw, in one command. DIR: BLIP-2's second stage with the same language model: a stage of configs/blip2.py, or an import. STAGE1: its first stage,
+    which has the Q-Former's words; what is left out is fresh. vocab.txt is that of bert-base-uncased. /data holds the sets as docs/data_sets.md says,
+    each in the folder named below.
+python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,language=VICUNA,words=STAGE1,...
+    For Vicuna, of whose second stage nothing was released: that stage first, by BLIP-2's recipe, with an imported language model (release hf_llama,
+    --dtype=bfloat16). With OPT and Flan-T5 configs/blip2.py trains it.
 python -m vlm_jax.importers.cli --release=blip2 --src=instruct_blip_vicuna7b_trimmed.pth --image=eva_vit_g.pth --language=VICUNA_V1.1 --out=DIR
 python -m vlm_jax.importers.cli --release=hf_blip2 --src=hf:Salesforce/instructblip-vicuna-7b --out=DIR --dtype=bfloat16
     The released weights; --export=hf_blip2 writes what transformers opens.
@@ -48,12 +52,13 @@ def held_out(root):
         return name, dict(dict(every=0, data=f"published:{name}:{split}:{root}/{folder or name}"), **setting)
 
     choice = dict(kind="choice")
+    said = dict(choice, options=dict(verbalisers=NO_YES))
     return dict((
-        of("nocaps", "val", CAPTION), of("flickr30k", "test", CAPTION), of("vizwiz", "test", ANSWER), of("textvqa", "val", ANSWER), of("gqa", "testdev", ANSWER),
-        of("scienceqa", "test", choice), of("iconqa", "test", choice), of("visdial", "val", choice),
-        of("vsr", "test", dict(choice, options=dict(verbalisers=NO_YES))), of("hateful_memes", "val", dict(choice, options=dict(verbalisers=NO_YES))),
-        of("msvd_qa", "test", ranked(f"published:msvd_qa:train:{root}/msvd_qa")), of("msrvtt_qa", "test", ranked(f"published:msrvtt_qa:train:{root}/msrvtt_qa")),
-        of("ivqa", "test", dict(ANSWER, images=4))))
+        of("nocaps", "val", CAPTION), of("flickr30k", "test", CAPTION), of("vizwiz", "val", ANSWER), of("textvqa", "val", ANSWER),
+        of("gqa", "testdev", ANSWER), of("scienceqa", "test", choice), of("iconqa", "test", choice), of("visdial", "val", choice),
+        of("vsr", "test", said), of("hateful_memes", "val", said), of("ivqa", "test", dict(ANSWER, images=4)),
+        of("msvd_qa", "test", ranked(f"published:msvd_qa:train:{root}/msvd_qa")),
+        of("msrvtt_qa", "test", ranked(f"published:msrvtt_qa:train:{root}/msrvtt_qa"))))
 
 
 def held_in(root):
@@ -61,10 +66,14 @@ def held_in(root):
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="")
+    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="", language="")
     if args.size == "scenes":
         return scenes(args.res or 48)
-    return c.stages(("instruct",), instruct=instruct(args.size, args.res or 224, args.start, args.words, args.bert, args.data))
+    if args.language and (args.start or args.size not in VICUNA):
+        raise c.ConfigError(f"language={args.language!r} is for Vicuna's second stage, where start= names none; nearest: start={args.start or 'DIR'}")
+    second = dict(generate=generate(args.size, args.res or 224, args.words, args.language)) if args.language else {}
+    start = "@generate" if second else args.start
+    return c.stages((*second, "instruct"), instruct=instruct(args.size, args.res or 224, start, args.words, args.bert, args.data), **second)
 
 
 # ---- scenes: comparisons and videos are held out
@@ -92,26 +101,41 @@ def scenes(res):
 
 # ---- as published
 
+def padded(origin):
+    """Vicuna's tables with a row for padding more."""
+    return (r"language/token_embed/table", f"{origin}:", "grow"), (r"language/lm_head/kernel", f"{origin}:", "grow_columns")
+
+
 def from_blip2(start, words, vicuna):
-    """The second stage of BLIP-2 has all but the Q-Former's words, which are those of the first. A row for padding is added to Vicuna's tables."""
+    """The second stage of BLIP-2 has all but the Q-Former's words, which are those of the first."""
     text = ((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{words}:" if words else "fresh", "copy"),)
-    rows = ((r"language/token_embed/table", f"{start}:", "grow"), (r"language/lm_head/kernel", f"{start}:", "grow_columns")) if vicuna else ()
-    return (*text, *rows, start)
+    return (*text, *(padded(start) if vicuna else ()), start)
+
+
+def generate(size, res, words, language):
+    """BLIP-2's second stage, whose recipe is that of configs/blip2.py, with Vicuna. Its batch is OPT's."""
+    base = c.from_file(f"configs/blip2.py:opt2.7b,res={res}").stages.generate.to_dict()
+    return c.stage(**{**base, **dict(
+        model=dict(base["model"], end=-1, first=1, language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS),
+        data=dict(base["data"], layout="joined", prompt_length=1, marks=VICUNA_MARKS),
+        init=(*padded(language), ("language/.*", f"{language}:", "copy"), ("projection/.*", "fresh", "copy"), words or (".*", "fresh", "copy")))})
 
 
 def instruct(size, res, start, words, bert, root):
-    """Section 3.2: 60K steps, validated every 3K; up to 1e-5 in 1,000 steps from 1e-8, then a cosine to 0. The eye and the language model are frozen; captions,
-    prompts and lengths are lavis's."""
+    """Section 3.2: 60K steps, validated every 3K; up to 1e-5 in 1,000 steps from 1e-8, then a cosine to 0. The eye and the language model are frozen.
+    Lengths are lavis's. It validates on all held-in sets; here on VQAv2 alone."""
     vicuna = size in VICUNA
     base = c.from_file(f"configs/blip2.py:{'opt2.7b' if vicuna else size}").stages.generate.to_dict()
     model = dict(base["model"], end=-1, instruction_tokens=dict(vocab=30523, bos=101, eos=102, pad=0))
     if vicuna:
         model |= dict(language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS, first=1)
-    data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "", mixture="sqrt" if root else "",
-                batch=BATCHES[size], size=res, text_clean="", augment="random_resized_crop(scale=0.5..1)|flip", layout="joined" if vicuna else "apart",
-                prompt_length=128, length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task", marks=VICUNA_MARKS if vicuna else {})
+    data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "",
+                mixture="sqrt" if root else "", batch=BATCHES[size], size=res, text_clean="", layout="joined" if vicuna else "apart", prompt_length=128,
+                length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task",
+                marks=VICUNA_MARKS if vicuna else {})
     evals = dict(vqav2=dict(ANSWER, examples=5000, every=3000), **held_out(root)) if root else {}
     return c.stage(**{**base, **dict(
-        model=model, data=data, loss=dict(weights=dict(lm=1.0)), trainable=FROZEN, steps=60_000, evals=evals, init=from_blip2(start, words, vicuna) if start else (),
+        model=model, data=data, loss=dict(weights=dict(lm=1.0)), trainable=FROZEN, steps=60_000, evals=evals,
+        init=from_blip2(start, words, vicuna) if start else (),
         optim=dict(base["optim"], lr=1e-5, b1=0.9, b2=0.999, warmup=1000, start_lr=1e-8, end_lr=0.0), checkpoint=dict(every=3000, keep=2),
         select=dict(metric="vqav2/accuracy") if root else {})})

@@ -315,7 +315,8 @@ def blip2_exports() -> dict[str, float]:
             if kind == "blip-2" and family:
                 library.Blip2Model.from_pretrained(folder)
         net, io = net.eval(), np.load(OUTPUTS / name / "io.npz")
-        given = {k.removeprefix("in_"): torch.from_numpy(x).long() if x.dtype == np.int32 else torch.from_numpy(x) for k, x in io.items() if k.startswith("in_")}
+        given = {k.removeprefix("in_"): torch.from_numpy(x) for k, x in io.items() if k.startswith("in_")}
+        given = {k: x.long() if x.dtype == torch.int32 else x for k, x in given.items()}
         for key, x in blip2_answers(net, family, given).items():
             wanted = io[f"out_{key}"]
             ids = key in ("greedy", "beam", "penalised")

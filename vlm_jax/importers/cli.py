@@ -143,6 +143,7 @@ def import_release(release: str, src: str, out: str | pathlib.Path, hints: Hints
         other = tokenizer_files.of_instructions(folder, sections["model"]["instruction_tokens"], say)
         if other is not None:
             sections["data"] |= dict(instruction_tokenizer="instruction_tokenizer", instruction_length=sections["data"]["prompt_length"])
+            sections["model"]["instruction_tokens"] |= dict(bos=other.bos_id, eos=other.eos_id, pad=other.pad_id)
     config = stage_config(layout, sections, found)
     import jax
 

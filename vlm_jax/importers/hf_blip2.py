@@ -13,7 +13,7 @@ from vlm_jax.importers import blip2, hf_llama, hf_t5
 from vlm_jax.importers.hf_llama import WEIGHTS
 from vlm_jax.importers.release import CLIP_MEAN, CLIP_STD, Hints, Release, Shapes, read_json, shape_of
 from vlm_jax.models import language as languages
-from vlm_jax.models import llama, opt, t5, vit
+from vlm_jax.models import llama, opt, vit
 from vlm_jax.models.qformer import VARIANTS
 from vlm_jax.models.sizes import sizes
 from vlm_jax.weight_rules import Rule
@@ -110,7 +110,7 @@ def describe(shapes: Shapes, folder: pathlib.Path, hints: Hints) -> dict[str, di
     hints = Hints(**{**vars(hints), "image_heads": hints.image_heads or vision.get("num_attention_heads", 16)})
     eps = float(vision.get("layer_norm_eps", 1e-6))
     image, size = blip2.eva.tower(found, hints, blip2.EYE)
-    normal = read_json(folder, "preprocessor_config.json")
+    normal = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json").get("image_processor") or {}      # since version 5
     model = dict(image=dict(image, eps=eps), qformer=dict(blip2.former_section(found, former.get("num_attention_heads", 12), hints),
                                                           eps=float(former.get("layer_norm_eps", 1e-12))),
                  mean=tuple(normal.get("image_mean", CLIP_MEAN)), std=tuple(normal.get("image_std", CLIP_STD)), eps=eps)
@@ -162,8 +162,7 @@ def text_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
                    relative_attention_max_distance=tower.max_distance, layer_norm_epsilon=tower.eps, feed_forward_proj="gated-gelu", is_gated_act=True,
                    dense_act_fn=next(theirs for theirs, ours in hf_t5.ACTIVATIONS.items() if ours == tower.activation), dropout_rate=0.1,
                    tie_word_embeddings=False, scale_decoder_outputs=False, is_encoder_decoder=True, decoder_start_token_id=tokens.pad)
-        assert isinstance(tower, t5.T5)
-        ends["decoder_start_token_id"] = tokens.pad
+        ends |= dict(bos_token_id=1, decoder_start_token_id=tokens.pad)      # as their conversion has it
     return dict(own, model_type=family, vocab_size=tokens.vocab, **ends), ends
 
 

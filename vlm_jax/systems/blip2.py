@@ -485,7 +485,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         out = decode(prefill, extend, first, max_length=length, key=key, eos_ids=eos if end < 0 else end, pad_id=tokens["pad"],
                      batch_axis=model.language.CACHE_AXES, **{"beam_rule": "transformers_4.33", **options})
         text = out["text"]
-        if vicuna:      # as its official code reads what was written
+        if vicuna and tokens["pad"]:      # as its official code reads what was written
             text = jnp.where(text == 0, eos, text)
         return {**out, "text": text if end < 0 else text.at[:, 1:].set(jnp.where(text[:, 1:] == end, eos, text[:, 1:]))}
 
