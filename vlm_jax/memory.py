@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import partitioning
+from vlm_jax import partitioning, roofline
 from vlm_jax.console import amount
 from vlm_jax.errors import ConfigError
 from vlm_jax.stage import Stage, make_optimizer, resolve
@@ -50,7 +50,10 @@ def forecast(program: Any) -> int | None:
 
 
 def limit_of(mesh: Any) -> int | None:
-    """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs)."""
+    """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs). Of chips that are not there, what their compiler takes."""
+    if mesh.devices.flat[0] not in jax.devices():
+        chip = roofline.chip_of(mesh)
+        return None if chip is None else int(chip.memory)
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -74,17 +77,22 @@ def advising(stage: Stage, mesh: Any) -> Iterator[None]:
         raise ConfigError(explain(stage, mesh, limit, advise(stage, mesh, limit), str(error))) from error
 
 
-def compile_step(stage: Stage, mesh: Any) -> Any:
-    """The train step of ``stage`` compiled for shapes alone: no array of the state exists. Raises ValueError."""
+def trace_step(stage: Stage, mesh: Any) -> Any:
+    """The train step of ``stage`` traced for shapes alone (``jax.stages.Traced``); the devices of ``mesh`` need not be there. Raises ValueError."""
     partitioning.check_rows(stage.data.batch, mesh)
     ema = stage.config.optim.get("ema", 0.0)
+    tx, _ = make_optimizer(stage)
+    step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
+    state = init.abstract(stage.system, stage.plan, tx, mesh, ema)      # all that computes anything lies outside of a mesh that may be absent
+    with partitioning.use(mesh):
+        return step.trace(state, partitioning.abstract(stage.spec, mesh))
+
+
+def compile_step(stage: Stage, mesh: Any) -> Any:
+    """``trace_step``, compiled: no array of the state exists. Raises ValueError."""
     # GPUs would time kernels on the device, which has no room left.
     options = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else None
-    with partitioning.use(mesh):
-        tx, _ = make_optimizer(stage)
-        step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
-        state = init.abstract(stage.system, stage.plan, tx, mesh, ema)
-        return step.lower(state, partitioning.abstract(stage.spec, mesh)).compile(compiler_options=options)
+    return trace_step(stage, mesh).lower().compile(compiler_options=options)
 
 
 def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:

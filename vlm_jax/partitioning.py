@@ -55,6 +55,7 @@ def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
         raise ValueError(f"rules={rules!r} is not a rule set{nearest(rules, tuple(RULES))}")
     devices = list(jax.devices() if devices is None else devices)
     count, sizes = len(devices), {"data": data, "fsdp": fsdp, "tensor": tensor}
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
     for axis in MESH_AXES:
         if axis not in RULES[rules]:
             if sizes[axis] > 1:
@@ -69,13 +70,19 @@ def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
             sizes["tensor"] = 2 if (count // fixed) % 2 == 0 and count >= 2 * fixed else 1
     last = "data" if rules == "dp" else "fsdp"
     if rules != "dp" and not sizes["data"]:
-        sizes["data"] = max(1, count // (sizes["fsdp"] * sizes["tensor"])) if sizes["fsdp"] else 1
+        sizes["data"] = max(1, count // (sizes["fsdp"] * sizes["tensor"])) if sizes["fsdp"] else slices
     if not sizes[last]:
         sizes[last] = max(1, count // math.prod(max(1, s) for a, s in sizes.items() if a != last))
     if math.prod(sizes.values()) != count:
         raise ValueError(f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} x tensor={sizes['tensor']} = "
                          f"{math.prod(sizes.values())} does not cover the {count} devices present")
     shape = tuple(sizes[a] for a in MESH_AXES)
+    if slices > 1:      # what crosses from slice to slice is the slowest: the gradients of "data" alone
+        if sizes["data"] % slices:
+            raise ValueError(f"mesh.data={sizes['data']} does not divide over {slices} slices; nearest: {max(1, sizes['data'] // slices) * slices}")
+        from jax.experimental import mesh_utils
+        inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -1,0 +1,210 @@
+"""What the train step of a config needs, told by the compiler before anything runs: on the devices at hand, or on chips that are not there.
+
+python -m vlm_jax.main --config=configs/clip.py:l14 --compile_only --topology=v5p:4x4x4
+
+compiles for a TPU topology on any x86 machine with libtpu (pip install -e ".[tpu]"). Nothing is downloaded, opened or allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import config as configs
+from vlm_jax import memory, partitioning, roofline
+from vlm_jax import stage as stages
+from vlm_jax.console import amount
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.stage import Stage
+
+GENERATIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}     # dimensions of their tori
+PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+EXAMPLES = 1_000_000        # of data that need not be there: how long an epoch is changes no program
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Of one train step. parameters, trained: numbers of them; sizes in bytes, seconds and flops of each device; limit and seconds are None where
+    the device's are not known; collectives: name -> (how often, bytes that a device sends); batch: rows of all devices."""
+    config: str
+    stage: str
+    devices: int
+    device: str
+    mesh: Mapping[str, int]
+    rules: str
+    batch: int
+    parameters: int
+    trained: int
+    state_bytes: int
+    temporary_bytes: int
+    limit_bytes: int | None
+    flops: float
+    traffic_bytes: float
+    collectives: Mapping[str, tuple[int, float]]
+    seconds: Mapping[str, float] | None
+    compile_seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.state_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit_bytes is None else self.peak_bytes <= self.limit_bytes
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The least that a step can take: its slowest part."""
+        return None if not self.seconds else max(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits, "step_seconds": self.step_seconds}
+
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        limit = "unknown" if self.limit_bytes is None else amount(self.limit_bytes, "B")
+        share = "" if not self.limit_bytes else f", {self.peak_bytes / self.limit_bytes:.0%}"
+        sizes = " x ".join(f"{a}={n}" for a, n in self.mesh.items())
+        out = [f"{self.config}, stage {self.stage}: batch {self.batch:,} on {self.devices} x {self.device} ({sizes}), rules {self.rules}; "
+               f"compiled in {self.compile_seconds:.0f} s",
+               f"parameters: {self.parameters:,}, {self.trained:,} of them trained",
+               f"memory of a device: {amount(self.peak_bytes, 'B')} of {limit}{share} (state and batch {amount(self.state_bytes, 'B')}, temporaries "
+               f"{amount(self.temporary_bytes, 'B')})",
+               f"of a device in a step: {amount(self.flops, 'FLOP')}, {amount(self.traffic_bytes, 'B')} of memory moved"]
+        out += [f"collective: {name}, {count:,} times, {amount(sent, 'B')} sent" for name, (count, sent) in self.collectives.items()] or ["collectives: none"]
+        if self.seconds:
+            parts = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in self.seconds.items())
+            bound = max(self.seconds, key=self.seconds.get)
+            out.append(f"a step at the device's peaks: at least {self.step_seconds * 1e3:.3g} ms, {self.batch / self.step_seconds:,.0f} examples/s "
+                       f"(bound by {bound}: {parts})")
+        return out
+
+
+def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None = None, limit: int | None = None) -> Forecast:
+    """Compiles the train step. ``chip``, ``limit``: the device's speeds and memory, where the table of chips and the device itself do not know them.
+
+    Raises ValueError where the batch does not divide over the mesh, and JaxRuntimeError where the compiler itself finds too little memory
+    (``memory.out_of_memory``).
+    """
+    began = time.perf_counter()
+    traced = memory.trace_step(stage, mesh)
+    program = traced.lower().compile()
+    seconds, device = time.perf_counter() - began, mesh.devices.flat[0]
+    chip = chip or roofline.chip_of(mesh)
+    need = roofline.demand(traced, program, mesh.devices.size)
+    analysis = program.memory_analysis()
+    return Forecast(
+        config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind, mesh=dict(mesh.shape),
+        rules=stage.config.rules, batch=stage.data.batch, parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
+        state_bytes=analysis.argument_size_in_bytes, temporary_bytes=analysis.temp_size_in_bytes, limit_bytes=limit or memory.limit_of(mesh),
+        flops=need.flops, traffic_bytes=need.traffic, collectives={k: (c.count, c.sent) for k, c in need.collectives.items()},
+        seconds=need.seconds(chip) if chip else None, compile_seconds=seconds)
+
+
+def open_stage(config: ConfigDict, name: str, workdir: pathlib.Path = pathlib.Path()) -> Stage:
+    """A stage for its shapes alone: neither its data nor, where the model says how large the vocabulary is, its tokenizer need be there.
+    Raises ConfigError."""
+    section = stages.inherit(config, workdir, name)
+    asked, tokens = stages.pieces(section), section.model.get("tokens", {})
+    if asked and tokens.get("vocab") == -1:
+        tokens.vocab = asked
+    try:
+        tokenizer = None if asked or not section.data.tokenizer else tokenizers.load(section.data.tokenizer)
+    except (OSError, ValueError, ImportError):
+        if tokens.get("vocab", 0) == -1:
+            raise ConfigError(f"stages.{name}.data.tokenizer={section.data.tokenizer!r} cannot be opened, and the model does not say how large its "
+                              f"vocabulary is; nearest: --config.stages.{name}.model.tokens.vocab=32000") from None
+        tokenizer = None
+    if tokenizer is None:
+        section.data.tokenizer = ""
+        for key, value in tokens.items():
+            tokens[key] = max(value, 0)
+    stage = stages.resolve(section, name, tokenizer)
+    if not stage.data.train:
+        vars(stage)["examples"] = EXAMPLES
+    return stage
+
+
+# ---- chips that are not there --------------------------------------------------------------------
+
+def absent_devices(topology: str) -> list[Any]:
+    """The devices of "v5p:8x8x8", or of several such slices, "v5e:16x16*2". Raises ConfigError."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", topology)
+    if not match or match.group(1) not in GENERATIONS:
+        generation = topology.partition(":")[0]
+        known = f"{generation}:{'x'.join('4' * GENERATIONS[generation])}" if generation in GENERATIONS else None
+        raise ConfigError(f"--topology={topology!r} is not GENERATION:AxB or GENERATION:AxBxC, with *SLICES where there are several" +
+                          (f"; nearest: {known}" if known else nearest(generation, GENERATIONS)))
+    generation, shape, slices = match.group(1), match.group(2), int(match.group(3) or 1)
+    if shape.count("x") + 1 != GENERATIONS[generation]:
+        raise ConfigError(f"--topology={topology!r}: chips of {generation} are wired in {GENERATIONS[generation]} dimensions; "
+                          f"nearest: {generation}:{'x'.join('4' * GENERATIONS[generation])}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError('--topology needs the TPU compiler, which is not installed: pip install -e ".[tpu]" (on Linux; no TPU is needed)')
+    os.environ.update({k: v for k, v in PRESENT_NOWHERE.items() if k not in os.environ})
+    from jax.experimental import topologies
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}",
+                                                 **({"num_slices": slices} if slices > 1 else {})).devices)
+    except Exception as error:      # of several kinds; libtpu says which shapes there are
+        raise ConfigError(f"--topology={topology!r}: libtpu does not know it ({str(error).splitlines()[0]})") from error
+
+
+def make_mesh(stage: Stage, devices: list[Any]) -> Any:
+    """The mesh that the stage would have on ``devices``. Raises ConfigError."""
+    return configs.call(partitioning.make_mesh, dict(stage.config.mesh), f"stages.{stage.name}.mesh", stage.config.rules, devices=devices)
+
+
+def compile_only(config: ConfigDict, topology: str = "", *, name: str = "", only: str = "", say: Callable[[str], None] = print) -> list[Forecast]:
+    """Compiles the stages of a config, or the one named ``only``, for a topology, "" for the devices at hand, and says what each needs. Raises
+    ConfigError for one that does not fit, with what would."""
+    devices = absent_devices(topology) if topology else jax.devices()
+    out = []
+    for stage_name in [only] if only else config.stage_order:
+        if stage_name not in config.stages:
+            raise ConfigError(f"--stage={stage_name!r} is not a stage{nearest(stage_name, config.stages)}")
+        stage = open_stage(config, stage_name)
+        mesh = make_mesh(stage, devices)
+        try:
+            with memory.advising(stage, mesh):
+                found = forecast(stage, mesh, name)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"stages.{stage_name}: {error}") from error
+        for line in found.lines():
+            say(line)
+        out.append(found)
+    return out
+
+
+def write(found: list[Forecast], path: str | pathlib.Path) -> None:
+    pathlib.Path(path).write_text(json.dumps([f.to_json() for f in found], indent=1))
+
+
+def measured_chip(mesh: Any) -> roofline.Chip:
+    """The speed of matrix products on a device at hand, for one that the table does not know; its memory and links count as free."""
+    import jax.numpy as jnp
+    n, dtype = (1024, jnp.float32) if mesh.devices.flat[0].platform == "cpu" else (4096, jnp.bfloat16)
+    x = jax.device_put(jnp.ones((n, n), dtype), mesh.local_devices[0])
+    product = jax.jit(lambda a: a @ a * (1 / n)).lower(x).compile()
+    product(x).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    share = mesh.devices.size if mesh.devices.flat[0].platform == "cpu" else 1      # virtual devices of a CPU share its cores
+    return roofline.Chip("measured", 2 * n**3 / best / share, math.inf, math.inf, math.inf)
