@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -31,6 +30,8 @@ from vlm_jax.stage import Stage
 
 GENERATIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}     # dimensions of their tori
 PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+ROOMY, MOST_TIMES = 0.45, 16      # a batch is worth raising where the step takes less of the memory; how far at most
+MEASURED = "measured"
 EXAMPLES = 1_000_000        # of data that need not be there: how long an epoch is changes no program
 
 
@@ -42,6 +43,7 @@ class Forecast:
     stage: str
     devices: int
     device: str
+    chip: str
     mesh: Mapping[str, int]
     rules: str
     batch: int
@@ -87,7 +89,8 @@ class Forecast:
         if self.seconds:
             parts = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in self.seconds.items())
             bound = max(self.seconds, key=self.seconds.get)
-            out.append(f"a step at the device's peaks: at least {self.step_seconds * 1e3:.3g} ms, {self.batch / self.step_seconds:,.0f} examples/s "
+            speed = "at the speed of matrix products here" if self.chip == MEASURED else f"at the peaks of a {self.chip}"
+            out.append(f"a step {speed}: at least {self.step_seconds * 1e3:.3g} ms, {self.batch / self.step_seconds:,.0f} examples/s "
                        f"(bound by {bound}: {parts})")
         return out
 
@@ -106,7 +109,7 @@ def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None
     need = roofline.demand(traced, program, mesh.devices.size)
     analysis = program.memory_analysis()
     return Forecast(
-        config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind, mesh=dict(mesh.shape),
+        config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind, chip=chip.name if chip else "", mesh=dict(mesh.shape),
         rules=stage.config.rules, batch=stage.data.batch, parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
         state_bytes=analysis.argument_size_in_bytes, temporary_bytes=analysis.temp_size_in_bytes, limit_bytes=limit or memory.limit_of(mesh),
         flops=need.flops, traffic_bytes=need.traffic, collectives={k: (c.count, c.sent) for k, c in need.collectives.items()},
@@ -162,7 +165,7 @@ def absent_devices(topology: str) -> list[Any]:
         raise ConfigError(f"--topology={topology!r}: libtpu does not know it ({str(error).splitlines()[0]})") from error
 
 
-def make_mesh(stage: Stage, devices: list[Any]) -> Any:
+def mesh_of(stage: Stage, devices: list[Any]) -> Any:
     """The mesh that the stage would have on ``devices``. Raises ConfigError."""
     return configs.call(partitioning.make_mesh, dict(stage.config.mesh), f"stages.{stage.name}.mesh", stage.config.rules, devices=devices)
 
@@ -176,7 +179,7 @@ def compile_only(config: ConfigDict, topology: str = "", *, name: str = "", only
         if stage_name not in config.stages:
             raise ConfigError(f"--stage={stage_name!r} is not a stage{nearest(stage_name, config.stages)}")
         stage = open_stage(config, stage_name)
-        mesh = make_mesh(stage, devices)
+        mesh = mesh_of(stage, devices)
         try:
             with memory.advising(stage, mesh):
                 found = forecast(stage, mesh, name)
@@ -190,8 +193,41 @@ def compile_only(config: ConfigDict, topology: str = "", *, name: str = "", only
     return out
 
 
-def write(found: list[Forecast], path: str | pathlib.Path) -> None:
-    pathlib.Path(path).write_text(json.dumps([f.to_json() for f in found], indent=1))
+def advise(stage: Stage, mesh: Any, name: str = "", host_memory: int | None = None) -> tuple[Forecast, list[str]]:
+    """The forecast on devices at hand, and changes that pay: no recomputation where it fits, a larger batch where most of the memory stays empty.
+    Each was compiled. host_memory: bytes, the limit of CPUs. Raises ConfigError, with what would fit, where the config does not."""
+    limit, chip = memory.limit_of(mesh), roofline.chip_of(mesh) or measured_chip(mesh)
+    if limit is None and host_memory and mesh.devices.flat[0].platform == "cpu":
+        limit = host_memory // mesh.devices.size
+    try:
+        found = forecast(stage, mesh, name, chip, limit)
+        current = memory.Trial({}, found.peak_bytes)
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.out_of_memory(error):
+            raise
+        found, current = None, memory.Trial({}, None)
+    if found is None or found.fits is False:
+        raise ConfigError(memory.explain(stage, mesh, limit, memory.advise(stage, mesh, limit, current), "the train step was compiled, not run"))
+    changes = []
+
+    def attempt(change: Mapping[str, Any], why: Callable[[Forecast], str]) -> None:
+        try:
+            other = forecast(*memory.changed(stage, mesh, change), name, chip, limit)
+        except (ValueError, jax.errors.JaxRuntimeError):      # refused, or too large
+            return
+        if other.fits:
+            changes.append(f"{memory.flags(stage, change)}: {why(other)}, {amount(other.peak_bytes, 'B')} of {amount(limit, 'B')}")
+
+    again = {f"model.{key}.remat": "none" for key, tower in stage.config.model.items()
+             if isinstance(tower, Mapping | ConfigDict) and tower.get("remat", "none") != "none"}
+    if limit and again:
+        attempt(again, lambda other: f"nothing is computed twice, {1 - other.flops / found.flops:.0%} of the work saved")
+    if limit and found.peak_bytes < ROOMY * limit:
+        times = int((0.9 * limit - found.state_bytes) / max(1, found.temporary_bytes))
+        larger = stage.data.batch * 2 ** (min(times, MOST_TIMES).bit_length() - 1) if times > 1 else 0
+        if larger:
+            attempt({"data.batch": larger}, lambda other: "a larger batch fits too (it is another recipe)")
+    return found, changes
 
 
 def measured_chip(mesh: Any) -> roofline.Chip:
@@ -207,4 +243,4 @@ def measured_chip(mesh: Any) -> roofline.Chip:
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - began)
     share = mesh.devices.size if mesh.devices.flat[0].platform == "cpu" else 1      # virtual devices of a CPU share its cores
-    return roofline.Chip("measured", 2 * n**3 / best / share, math.inf, math.inf, math.inf)
+    return roofline.Chip(MEASURED, 2 * n**3 / best / share, math.inf, math.inf, math.inf)

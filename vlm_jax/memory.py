@@ -95,19 +95,25 @@ def compile_step(stage: Stage, mesh: Any) -> Any:
     return trace_step(stage, mesh).lower().compile(compiler_options=options)
 
 
+def changed(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> tuple[Stage, Any]:
+    """``stage`` and its mesh with ``changes`` (field -> value). Raises ValueError where the system or the mesh refuses them."""
+    if not changes:
+        return stage, mesh
+    config = ConfigDict(configs.to_plain(stage.config))
+    for field, value in changes.items():
+        *sections, key = field.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    if "rules" in changes:
+        mesh = partitioning.make_mesh(changes["rules"], devices=list(mesh.devices.flat))
+    return resolve(config, stage.name, stage.tokenizer), mesh
+
+
 def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:
     """Compiles ``stage`` with ``changes``. Raises ValueError where the system or the mesh refuses them."""
-    if changes:
-        config = ConfigDict(configs.to_plain(stage.config))
-        for field, value in changes.items():
-            *sections, key = field.split(".")
-            section = config
-            for name in sections:
-                section = section[name]
-            section[key] = value
-        if "rules" in changes:
-            mesh = partitioning.make_mesh(changes["rules"], devices=list(mesh.devices.flat))
-        stage = resolve(config, stage.name, stage.tokenizer)
+    stage, mesh = changed(stage, mesh, changes)
     try:
         return Trial(changes, forecast(compile_step(stage, mesh)))
     except jax.errors.JaxRuntimeError as error:
@@ -116,15 +122,15 @@ def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:
         return Trial(changes, None)
 
 
-def advise(stage: Stage, mesh: Any, limit: int | None) -> list[Trial]:
-    """The config as it is and, unless it fits, candidates, each compiled: at most six, and none after ``MAX_SECONDS``.
+def advise(stage: Stage, mesh: Any, limit: int | None, current: Trial | None = None) -> list[Trial]:
+    """The config as it is (``current``, where that was compiled already) and, unless it fits, candidates, each compiled: at most six, and none after ``MAX_SECONDS``.
 
     First each kind of change by itself: half the rows in a pass through the towers (``data.microbatch``), activations
     computed again (``remat``), other ``rules`` where there are several devices. Where none fits ``limit``, a micro-batch of
     the size that the first two programs suggest, and then everything together.
     """
     began = time.monotonic()
-    trials = [trial(stage, mesh, {})]
+    trials = [current or trial(stage, mesh, {})]
 
     def attempt(changes: Mapping[str, Any]) -> None:
         if changes and all(changes != t.changes for t in trials) and time.monotonic() - began < MAX_SECONDS:
@@ -169,13 +175,15 @@ def takes_remat(stage: Stage, name: str, tower: Any) -> bool:
         return False
 
 
+def flags(stage: Stage, changes: Mapping[str, Any]) -> str:
+    """``changes`` as main takes them."""
+    known = configs.flatten(stage.config)
+    return " ".join(f"--config.stages.{stage.name}.{field}={value}" if field in known
+                    else f"{field}={value!r} (in the config file)" for field, value in changes.items())
+
+
 def explain(stage: Stage, mesh: Any, limit: int | None, trials: list[Trial], reason: str) -> str:
     """The message for what ``advise`` found; ``reason`` is XLA's."""
-    def flags(t: Trial) -> str:
-        known = configs.flatten(stage.config)
-        return " ".join(f"--config.stages.{stage.name}.{field}={value}" if field in known
-                        else f"{field}={value!r} (in the config file)" for field, value in t.changes.items())
-
     def size(t: Trial) -> str:
         return "too much for the compiler" if t.size is None else amount(t.size, "B")
 
@@ -188,10 +196,10 @@ def explain(stage: Stage, mesh: Any, limit: int | None, trials: list[Trial], rea
     fitting = [t for t in others if t.fits(limit)]
     listed = [t for t in others if t not in fitting]
     if fitting:
-        lines += ["These fit, by their compiled programs:", *(f"  {size(t)}: {flags(t)}" for t in fitting)]
+        lines += ["These fit, by their compiled programs:", *(f"  {size(t)}: {flags(stage, t.changes)}" for t in fitting)]
     if listed:
         lines += ["Their programs need (the limit is not known):" if limit is None else "Tried, and too large:",
-                  *(f"  {size(t)}: {flags(t)}" for t in listed)]
+                  *(f"  {size(t)}: {flags(stage, t.changes)}" for t in listed)]
     if others and not fitting and limit is not None:
         lines.append("Nothing tried fits: take a smaller data.batch, a smaller model, optim.name=adafactor, or more devices.")
     if device.platform == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:

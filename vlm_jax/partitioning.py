@@ -55,7 +55,7 @@ def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
         raise ValueError(f"rules={rules!r} is not a rule set{nearest(rules, tuple(RULES))}")
     devices = list(jax.devices() if devices is None else devices)
     count, sizes = len(devices), {"data": data, "fsdp": fsdp, "tensor": tensor}
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     for axis in MESH_AXES:
         if axis not in RULES[rules]:
             if sizes[axis] > 1:

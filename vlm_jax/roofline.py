@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -96,13 +94,22 @@ def flops(jaxpr: Any, times: float = 1.0) -> float:
             total += max(flops(branch.jaxpr, times) for branch in params["branches"])
         else:
             inner = times * {"scan": params.get("length", 1), "shard_map": _shards(eqn), "pallas_call": _grid(params)}.get(name, 1)
-            total += sum(flops(sub, inner) for sub in jax.core.jaxprs_in_params(params))
+            total += sum(flops(sub, inner) for sub in _inner(params))
     return total
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                yield one
 
 
 def _shards(eqn: Any) -> int:
     """How many devices run the body of a ``shard_map``, each on its own part."""
-    mesh, axes = eqn.params.get("mesh"), eqn.params.get("manual_axes", ())
+    mesh, axes = eqn.params.get("mesh"), eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ()))
     return math.prod(mesh.shape[a] for a in axes) if mesh is not None else 1
 
 
