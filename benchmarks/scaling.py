@@ -112,15 +112,16 @@ def table(records: list[dict[str, Any]]) -> str:
         chosen = [r for r in records if r["table"] == kind]
         if not chosen:
             continue
-        out += [f"**{title}**", "", "| program | topology | chips | batch | memory of a chip | of | TFLOP | sent | step at the peaks | bound by | examples/s |",
+        out += [f"**{title}**", "",
+                "| program | topology | chips | batch | memory of a chip | of | TFLOP | sent | step at the peaks | bound by | examples/s |",
                 "|---|---|---|---|---|---|---|---|---|---|---|"]
         for r in chosen:
             if "too_large" in r:
                 out.append(f"| {r['config']} | {r['topology']} | | {r['batch'] or ''} | too large: {r['too_large'].partition(': ')[2]} | | | | | | |")
                 continue
             seconds = r["seconds"]
-            out.append(f"| {r['config']} | {r['topology']} | {r['devices']} | {r['batch']:,} | {amount(r['peak_bytes'], 'B')} | {amount(r['limit_bytes'], 'B')} | "
-                       f"{r['flops'] / 1e12:.3g} | {amount(sum(b for _, b in r['collectives'].values()), 'B')} | {r['step_seconds'] * 1e3:.3g} ms | "
+            out.append(f"| {r['config']} | {r['topology']} | {r['devices']} | {r['batch']:,} | {amount(r['peak_bytes'], 'B')} | {amount(r['limit_bytes'], 'B')} |"
+                       f" {r['flops'] / 1e12:.3g} | {amount(sum(b for _, b in r['collectives'].values()), 'B')} | {r['step_seconds'] * 1e3:.3g} ms | "
                        f"{max(seconds, key=seconds.get)} | {r['batch'] / r['step_seconds']:,.0f} |")
         out.append("")
     return "\n".join(out)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax import doctor
+from tests.tiny import tiny
+from vlm_jax import doctor, forecast
 from vlm_jax.checks import ERROR, OK, WARNING, dataset, environment
 from vlm_jax.data import tokenizers
 from vlm_jax.data.sources import open_source
+from vlm_jax.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +58,10 @@ def faulty(tmp_path):
     return write(tmp_path / "faulty.tar", members)
 
 
-def test_every_fault_of_a_data_set_is_counted(faulty):
-    numbers, findings = dataset.examine(open_source(faulty), tokenizers.load("scenes"), length=8, samples=0)
+def test_every_fault_of_a_data_set_is_counted(faulty, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    numbers, findings = dataset.examine(open_source(faulty), tokenizers.load(f"bert:{tmp_path}/vocab.txt"), length=20, samples=0)
     assert numbers["samples"] == 15 and numbers["left_out"] == {"duplicate": 1, "no_extension": 1, "missing_image": 1, "missing_caption": 1}
     bad = {reason: entry["count"] for reason, entry in numbers["unreadable"].items()}
     assert sum(bad.values()) == 3 and bad["not_an_image"] == 1 and bad["empty_caption"] == 1
@@ -66,7 +70,7 @@ def test_every_fault_of_a_data_set_is_counted(faulty):
     assert sorted(numbers["duplicates"]["largest"]) == [["faulty/k03", "faulty/k08"], ["faulty/k04", "faulty/k09"]]
     assert numbers["captions"]["scripts"] == pytest.approx({"latin": 10 / 12, "cyrillic": 1 / 12, "han": 1 / 12})
     assert numbers["captions"]["markup"] == {"<|endoftext|>": 1} and numbers["captions"]["repeated"] == pytest.approx(1 / 12)
-    assert numbers["tokens"]["cut"] > 0.5 and {"с", "о", "公"} <= set(numbers["tokens"]["lost"])
+    assert numbers["tokens"]["cut"] > 0.5 and numbers["tokens"]["losing"] == pytest.approx(2 / 12) and {"с", "о", "公"} <= set(numbers["tokens"]["lost"])
     status = {f.name: f.status for f in findings}
     assert status["unreadable"] == ERROR and status["left out"] == status["control words"] == status["tokens"] == WARNING
     assert status["pictures"] == OK and any("k13" in f.text for f in findings)
@@ -94,7 +98,8 @@ def test_near_duplicates_survive_size_and_compression_and_nothing_else_is_near()
     assert dataset.near_groups([0, *crowd]) == [list(range(100))]
 
 
-@pytest.mark.parametrize("text,script", [("a dog", "latin"), ("собака", "cyrillic"), ("犬 dog", "latin"), ("犬が公園", "han"), ("كلب", "arabic"), ("123 !", "none"), ("", "none")])
+@pytest.mark.parametrize("text,script", [("a dog", "latin"), ("собака", "cyrillic"), ("犬 dog", "latin"), ("犬が公園", "han"), ("كلب", "arabic"),
+                                         ("123 !", "none"), ("", "none")])
 def test_scripts(text, script):
     assert dataset.script_of(text) == script
 
@@ -171,7 +176,8 @@ def test_exit_codes_and_json(faulty, tmp_path, well, capsys):
     assert doctor.main(["--json"]) == 0 and json.loads(capsys.readouterr().out)["can_start"] is True
     assert doctor.main([f"--data={faulty}", "--json"]) == 43
     told = json.loads(capsys.readouterr().out)
-    assert told["can_start"] is False and told["data"]["samples"] == 15 and {"area": "environment", "name": "devices", "status": "ok", "text": "here"} in told["findings"]
+    assert told["can_start"] is False and told["data"]["samples"] == 15
+    assert {"area": "environment", "name": "devices", "status": "ok", "text": "here"} in told["findings"]
     assert doctor.main([f"--data=tars:{tmp_path}/fault.tar"]) == 43
     out = capsys.readouterr().out
     assert "nearest: 'faulty.tar'" in out and "training cannot start: open" in out
@@ -188,6 +194,18 @@ def test_a_config_is_forecast_with_what_pays(well, capsys, tmp_path):
     told = json.loads(capsys.readouterr().out)["forecast"]
     assert told["parameters"] > 1000 and told["flops"] > 1e6 and told["step_seconds"] > 0 and told["fits"] and told["chip"] == "measured"
     assert len(told["suggestions"]) == 2 and "remat=none" in told["suggestions"][0] and "data.batch=1024" in told["suggestions"][1]
+
+
+def test_compile_only_says_what_a_step_needs():
+    said = []
+    found, = forecast.compile_only(tiny("clip", batch=64), say=said.append, name="tiny")
+    text = "\n".join(said)
+    assert f"parameters: {found.parameters:,}" in text and "batch 64 on 8 x cpu" in text and "collective: all-reduce" in text
+    assert found.limit_bytes is None and found.fits is None and found.step_seconds is None      # a CPU has no published peaks
+    with pytest.raises(ConfigError, match="does not divide over 8 devices; nearest: 8"):
+        forecast.compile_only(tiny("clip", batch=7))
+    with pytest.raises(ConfigError, match="--stage='pretrian'.*nearest: 'pretrain'"):
+        forecast.compile_only(tiny("clip"), only="pretrian")
 
 
 def test_the_real_machine_is_examined_in_seconds():

@@ -85,7 +85,8 @@ class Forecast:
                f"memory of a device: {amount(self.peak_bytes, 'B')} of {limit}{share} (state and batch {amount(self.state_bytes, 'B')}, temporaries "
                f"{amount(self.temporary_bytes, 'B')})",
                f"of a device in a step: {amount(self.flops, 'FLOP')}, {amount(self.traffic_bytes, 'B')} of memory moved"]
-        out += [f"collective: {name}, {count:,} times, {amount(sent, 'B')} sent" for name, (count, sent) in self.collectives.items()] or ["collectives: none"]
+        out += [f"collective: {name}, {count:,} times, {amount(sent, 'B')} sent" for name, (count, sent) in self.collectives.items()]
+        out += [] if self.collectives else ["collectives: none"]
         if self.seconds:
             parts = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in self.seconds.items())
             bound = max(self.seconds, key=self.seconds.get)
@@ -109,8 +110,8 @@ def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None
     need = roofline.demand(traced, program, mesh.devices.size)
     analysis = program.memory_analysis()
     return Forecast(
-        config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind, chip=chip.name if chip else "", mesh=dict(mesh.shape),
-        rules=stage.config.rules, batch=stage.data.batch, parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
+        config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind,
+        chip=chip.name if chip else "", mesh=dict(mesh.shape), rules=stage.config.rules, batch=stage.data.batch, parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
         state_bytes=analysis.argument_size_in_bytes, temporary_bytes=analysis.temp_size_in_bytes, limit_bytes=limit or memory.limit_of(mesh),
         flops=need.flops, traffic_bytes=need.traffic, collectives={k: (c.count, c.sent) for k, c in need.collectives.items()},
         seconds=need.seconds(chip) if chip else None, compile_seconds=seconds)

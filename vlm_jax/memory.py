@@ -78,12 +78,12 @@ def advising(stage: Stage, mesh: Any) -> Iterator[None]:
 
 
 def trace_step(stage: Stage, mesh: Any) -> Any:
-    """The train step of ``stage`` traced for shapes alone (``jax.stages.Traced``); the devices of ``mesh`` need not be there. Raises ValueError."""
+    """The train step of ``stage`` traced for shapes alone (a ``jax.stages.Traced``): the devices of ``mesh`` need not be there. Raises ValueError."""
     partitioning.check_rows(stage.data.batch, mesh)
     ema = stage.config.optim.get("ema", 0.0)
     tx, _ = make_optimizer(stage)
     step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
-    state = init.abstract(stage.system, stage.plan, tx, mesh, ema)      # all that computes anything lies outside of a mesh that may be absent
+    state = init.abstract(stage.system, stage.plan, tx, mesh, ema)      # before the mesh is in force: it may be absent, and cannot compute
     with partitioning.use(mesh):
         return step.trace(state, partitioning.abstract(stage.spec, mesh))
 
@@ -123,7 +123,8 @@ def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:
 
 
 def advise(stage: Stage, mesh: Any, limit: int | None, current: Trial | None = None) -> list[Trial]:
-    """The config as it is (``current``, where that was compiled already) and, unless it fits, candidates, each compiled: at most six, and none after ``MAX_SECONDS``.
+    """The config as it is (``current``, where that was compiled already) and, unless it fits, candidates, each compiled: at most six, and none
+    after ``MAX_SECONDS``.
 
     First each kind of change by itself: half the rows in a pass through the towers (``data.microbatch``), activations
     computed again (``remat``), other ``rules`` where there are several devices. Where none fits ``limit``, a micro-batch of

@@ -135,7 +135,7 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, "
          "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d\w*)?|pred)\[([\d,]*)\](?:\{([^}]*)\})?")
 _OP = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations|true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "partition-id", "after-all", "iota",
          "opt-barrier", "copy-done", "async-done", "async-update", "domain")

@@ -235,7 +235,8 @@ def judge(numbers: dict[str, Any]) -> list[Finding]:
          p["longer_than_3_to_1"] > 0.05)
     tell("captions", f"{c['per_sample']:.3g} a sample; words {middle(c['words'])}")
     tell("scripts", ", ".join(f"{name} {share:.1%}" for name, share in c["scripts"].items()), False)
-    tell("repeated captions", f"{c['repeated']:.1%} of the samples have a caption of another; {c['most_common']['text'][:60]!r} {c['most_common']['count']:,} times",
+    most = c["most_common"]
+    tell("repeated captions", f"{c['repeated']:.1%} of the samples have a caption of another; {most['text'][:60]!r} {most['count']:,} times",
          c["repeated"] > 0.5)
     if c["markup"]:
         tell("control words", "captions hold " + ", ".join(f"{mark} {n:,}" for mark, n in c["markup"].items()) + " as text", True)
