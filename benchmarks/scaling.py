@@ -120,7 +120,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 out.append(f"| {r['config']} | {r['topology']} | | {r['batch'] or ''} | too large: {r['too_large'].partition(': ')[2]} | | | | | | |")
                 continue
             seconds = r["seconds"]
-            out.append(f"| {r['config']} | {r['topology']} | {r['devices']} | {r['batch']:,} | {amount(r['peak_bytes'], 'B')} | {amount(r['limit_bytes'], 'B')} |"
+            held = f"{amount(r['peak_bytes'], 'B')} | {amount(r['limit_bytes'], 'B')}"
+            out.append(f"| {r['config']} | {r['topology']} | {r['devices']} | {r['batch']:,} | {held} |"
                        f" {r['flops'] / 1e12:.3g} | {amount(sum(b for _, b in r['collectives'].values()), 'B')} | {r['step_seconds'] * 1e3:.3g} ms | "
                        f"{max(seconds, key=seconds.get)} | {r['batch'] / r['step_seconds']:,.0f} |")
         out.append("")

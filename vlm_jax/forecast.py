@@ -29,7 +29,8 @@ from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.stage import Stage
 
 GENERATIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}     # dimensions of their tori
-PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
 ROOMY, MOST_TIMES = 0.45, 16      # a batch is worth raising where the step takes less of the memory; how far at most
 MEASURED = "measured"
 EXAMPLES = 1_000_000        # of data that need not be there: how long an epoch is changes no program
@@ -111,7 +112,8 @@ def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None
     analysis = program.memory_analysis()
     return Forecast(
         config=name or stage.config.system, stage=stage.name, devices=mesh.devices.size, device=device.device_kind,
-        chip=chip.name if chip else "", mesh=dict(mesh.shape), rules=stage.config.rules, batch=stage.data.batch, parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
+        chip=chip.name if chip else "", mesh=dict(mesh.shape), rules=stage.config.rules, batch=stage.data.batch,
+        parameters=stage.plan.count(), trained=stage.plan.count(trained=True),
         state_bytes=analysis.argument_size_in_bytes, temporary_bytes=analysis.temp_size_in_bytes, limit_bytes=limit or memory.limit_of(mesh),
         flops=need.flops, traffic_bytes=need.traffic, collectives={k: (c.count, c.sent) for k, c in need.collectives.items()},
         seconds=need.seconds(chip) if chip else None, compile_seconds=seconds)
