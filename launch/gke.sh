@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Google Kubernetes Engine (any cluster with JobSet 0.9 or newer): one pod a host, started again according to main's exit code.
+# Trains on Google Kubernetes Engine (any cluster with JobSet 0.10 or newer): one pod a host, started again according to main's exit code.
 #
 #   launch/gke.sh start --name=NAME --image=IMAGE --tpu=tpu-v5p-slice --topology=4x4x4 [--chips=4] [--slices=N] [--spot] [--restarts=20] [--dry-run] -- --config=... --workdir=gs://BUCKET/NAME ...
 #   launch/gke.sh start --name=NAME --image=IMAGE --gpu=nvidia-h100-80gb --hosts=2 [--gpus=8] ... -- ...

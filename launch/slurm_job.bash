@@ -4,7 +4,7 @@ set -uo pipefail
 
 again=10                # restarts after a process was gone or stuck
 trap : TERM USR1        # meant for main, which saves; the script has to stay to see how it ended
-command=(srun --kill-on-bad-exit=0 --open-mode append --output "logs/%x_%j_process%t.log")
+command=(srun --kill-on-bad-exit=0 --open-mode append --output "${LOGS:-logs}/%x_%j_process%t.log")
 [ -z "${IMAGE:-}" ] || command+=("--container-image=$IMAGE" "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD")
 "${command[@]}" "${PYTHON:-python}" -u -m vlm_jax.main "$@" &
 step=$!
