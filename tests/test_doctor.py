@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny
+from tests.tiny import ROOT, tiny
 from vlm_jax import doctor, forecast
 from vlm_jax.checks import ERROR, OK, WARNING, dataset, environment
 from vlm_jax.data import tokenizers
@@ -212,3 +212,20 @@ def test_the_real_machine_is_examined_in_seconds():
     began = time.process_time()
     names = {f.name for f in environment.examine()}
     assert {"versions", "devices", "host memory", "work directory", "temporary files"} <= names and time.process_time() - began < 5
+
+
+WITHOUT = """
+import collections, shutil, sys
+from tests import without_posix
+without_posix.withhold()
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(10**12, 0, 10**12)      # Windows has one of its own
+from vlm_jax import doctor
+code = doctor.main(["--data=scenes:train", "--samples=8"])
+assert not {name.partition(".")[0] for name in sys.modules} & without_posix.MODULES
+sys.exit(code)
+"""
+
+
+def test_it_needs_nothing_that_only_posix_has():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "training can start" in done.stdout, done.stderr[-2000:]
