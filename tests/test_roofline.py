@@ -210,3 +210,31 @@ def test_the_scaling_table_says_what_does_not_fit():
                  seconds=dict(compute=0.1, memory=0.2, network=0.05), step_seconds=0.2)
     text = scaling.table([whole, dict(record, too_large="RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.")])
     assert "| clip.py:l14 | v5e:2x4 | 8 | 64 | 2 GB | 16 GB | 1 | 1 GB | 200 ms | memory | 320 |" in text and "too large: Used 20G" in text
+
+
+@pytest.mark.parametrize("rules,count,slices,given,sizes", [
+    ("dp", 8, 1, {}, (8, 1, 1)), ("fsdp", 8, 1, {}, (1, 8, 1)), ("fsdp_tp", 8, 1, {}, (1, 4, 2)), ("fsdp_tp", 7, 1, {}, (1, 7, 1)),
+    ("fsdp", 512, 1, {}, (4, 128, 1)), ("fsdp", 512, 2, {}, (4, 128, 1)), ("fsdp_tp", 512, 1, {}, (2, 128, 2)), ("fsdp", 192, 1, {}, (2, 96, 1)),
+    ("fsdp", 512, 1, {"data": 1}, (1, 512, 1)), ("fsdp", 512, 1, {"fsdp": 256}, (2, 256, 1)), ("fsdp_tp", 8, 1, {"data": 2, "fsdp": 1}, (2, 1, 4)),
+])
+def test_sizes_of_meshes(rules, count, slices, given, sizes):
+    assert tuple(partitioning.mesh_sizes(rules, count, slices, **given).values()) == sizes
+
+
+def test_slices_share_the_data_axis():
+    with pytest.raises(ValueError, match="mesh.data=3 does not divide over 2 slices; nearest: 2"):
+        partitioning.mesh_sizes("fsdp", 12, 2, data=3)
+
+
+@pytest.mark.parametrize("name,arg", [("clip", "l14"), ("coca", "2b"), ("albef", "base"), ("clip", "bigg14")])
+def test_state_of_a_device_does_not_grow_with_the_devices(name, arg):
+    """Elements of parameters that a device holds: on 8 times the devices no more than on a few."""
+    whole = config(name, arg)
+    plan = forecast.open_stage(whole, whole.stage_order[0]).plan
+
+    def held(count):
+        sizes = partitioning.mesh_sizes("fsdp", count)
+        return sum(x.size // roofline.math.prod(sizes[a] for part in partitioning.spec(plan.axes[p], x.shape, sizes) if part
+                                                for a in ((part,) if isinstance(part, str) else part)) for p, x in plan.shapes.items())
+
+    assert held(1024) <= held(512) <= held(128) <= held(64) < plan.count() / 25
