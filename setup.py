@@ -31,6 +31,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "absl-py>=2",
+        "packaging>=23",
     ],
     extras_require={
         "cuda": ["jax[cuda13]" + JAX],

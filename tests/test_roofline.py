@@ -136,8 +136,8 @@ def test_a_step_takes_as_long_as_its_slowest_part():
 
 
 @pytest.mark.parametrize("topology,word", [
-    ("v5p", "GENERATION:AxB or GENERATION:AxBxC.*nearest: v5p:4x4x4"), ("v5p:8x8", "3 dimensions; nearest: v5p:4x4x4"),
-    ("v5q:4x4", "nearest: 'v5"), ("v5e:4x4x4", "2 dimensions"), ("h100:8", "valid: v5e, v5p, v6e, tpu7x"),
+    ("v5p", "neither a TPU slice nor machines with GPUs; nearest: v5p:4x4x4"), ("v5p:8x8", "3 dimensions; nearest: v5p:4x4x4"),
+    ("v5q:4x4", "nearest: 'v5"), ("v5e:4x4x4", "2 dimensions"), ("b300:8", "valid: v5e, v5p, v6e, tpu7x, a100, h100"), ("h100:2x8x8", "h100:4x8"),
 ])
 def test_a_topology_that_is_none(topology, word):
     with pytest.raises(ConfigError, match=word):
@@ -167,6 +167,34 @@ try:
 except forecast.ConfigError as error:
     print("refused:", error)
 """
+
+
+CUDA = any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)) if importlib.util.find_spec("jax_plugins") else False
+GPUS = """
+import jax, jax.numpy as jnp
+from vlm_jax import forecast, memory, partitioning, roofline
+for topology, count in (("h100:2x8", 16), ("a100:8", 8)):
+    mesh = partitioning.make_mesh("fsdp", devices=forecast.absent_devices(topology))
+    assert mesh.devices.size == count and memory.limit_of(mesh) == 60e9, mesh
+    with partitioning.use(mesh):
+        x = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16, sharding=partitioning.sharding(mesh, ("batch", "none"), (1024, 512)))
+        traced = jax.jit(lambda x: x.T @ x).trace(x)
+    need = roofline.demand(traced, memory.compiled(traced, mesh), count)
+    assert need.flops == 2 * 1024 * 512 * 512 / count and need.sent > 0, need
+"""
+
+
+@pytest.mark.skipif(not CUDA, reason="JAX's CUDA plugin is not installed (pip install -e .[cuda]): no program is compiled for a GPU")
+def test_programs_are_compiled_for_gpus_that_are_not_there():
+    done = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True,
+                          env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(CUDA, reason="the CUDA plugin is installed")
+def test_without_the_gpu_compiler_its_installation_is_named():
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[cuda\]\""):
+        forecast.absent_devices("h100:8")
 
 
 @pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed (pip install -e .[tpu]): no program is compiled for a TPU")

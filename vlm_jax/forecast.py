@@ -2,7 +2,8 @@
 
 python -m vlm_jax.main --config=configs/clip.py:l14 --compile_only --topology=v5p:4x4x4
 
-compiles for a TPU topology on any x86 machine with libtpu (pip install -e ".[tpu]"). Nothing is downloaded, opened or allocated.
+compiles for a TPU slice on any x86 Linux machine with libtpu (pip install -e ".[tpu]"), or, with --topology=h100:4x8, for GPUs with JAX's CUDA plugin.
+Nothing is downloaded, opened or allocated.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from vlm_jax.data import tokenizers
 from vlm_jax.errors import ConfigError, nearest
 from vlm_jax.stage import Stage
 
+# device_kind, compute capability, multiprocessors, floating-point units and shared memory of one, shared memory of a block at most, L2, GHz, memory
+GPUS = {"a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167_936, 166_912, 41_943_040, 1.41, 85_100_068_864),
+        "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 128, 233_472, 232_448, 52_428_800, 1.98, 84_942_979_072)}
 GENERATIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}     # dimensions of their tori
 PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
@@ -105,7 +109,7 @@ def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None
     """
     began = time.perf_counter()
     traced = memory.trace_step(stage, mesh)
-    program = traced.lower().compile()
+    program = memory.compiled(traced, mesh)
     seconds, device = time.perf_counter() - began, mesh.devices.flat[0]
     chip = chip or roofline.chip_of(mesh)
     need = roofline.demand(traced, program, mesh.devices.size)
@@ -146,26 +150,48 @@ def open_stage(config: ConfigDict, name: str, workdir: pathlib.Path = pathlib.Pa
 # ---- chips that are not there --------------------------------------------------------------------
 
 def absent_devices(topology: str) -> list[Any]:
-    """The devices of "v5p:8x8x8", or of several such slices, "v5e:16x16*2". Raises ConfigError."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", topology)
-    if not match or match.group(1) not in GENERATIONS:
-        generation = topology.partition(":")[0]
-        known = f"{generation}:{'x'.join('4' * GENERATIONS[generation])}" if generation in GENERATIONS else None
-        raise ConfigError(f"--topology={topology!r} is not GENERATION:AxB or GENERATION:AxBxC, with *SLICES where there are several" +
-                          (f"; nearest: {known}" if known else nearest(generation, GENERATIONS)))
-    generation, shape, slices = match.group(1), match.group(2), int(match.group(3) or 1)
-    if shape.count("x") + 1 != GENERATIONS[generation]:
-        raise ConfigError(f"--topology={topology!r}: chips of {generation} are wired in {GENERATIONS[generation]} dimensions; "
-                          f"nearest: {generation}:{'x'.join('4' * GENERATIONS[generation])}")
+    """The devices of a TPU slice, "v5p:8x8x8", of several, "v5e:16x16*2", or of machines with GPUs, "h100:8" and "h100:4x8". Raises ConfigError."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", topology)
+    kind = topology.partition(":")[0]
+    known = {**{name: f"{name}:{'x'.join('4' * n)}" for name, n in GENERATIONS.items()}, **{name: f"{name}:8" for name in GPUS}}
+    if not match or kind not in known:
+        raise ConfigError(f"--topology={topology!r} is neither a TPU slice nor machines with GPUs" +
+                          (f"; nearest: {known[kind]}" if kind in known else nearest(kind, known)))
+    shape, slices = match.group(2), int(match.group(3) or 1)
+    sizes = [int(n) for n in shape.split("x")]
+    if kind in GPUS:
+        if len(sizes) > 2 or slices > 1:
+            raise ConfigError(f"--topology={topology!r}: write {kind}:8, or {kind}:4x8 for four machines with eight each")
+        return absent_gpus(kind, *([1, *sizes] if len(sizes) == 1 else sizes))
+    if len(sizes) != GENERATIONS[kind]:
+        raise ConfigError(f"--topology={topology!r}: chips of {kind} are wired in {GENERATIONS[kind]} dimensions; nearest: {known[kind]}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError('--topology needs the TPU compiler, which is not installed: pip install -e ".[tpu]" (on Linux; no TPU is needed)')
     os.environ.update({k: v for k, v in PRESENT_NOWHERE.items() if k not in os.environ})
+    return described(topology, platform="tpu", topology_name=f"{kind}:{shape}", **({"num_slices": slices} if slices > 1 else {}))
+
+
+def absent_gpus(kind: str, machines: int, each: int) -> list[Any]:
+    """GPUs of a kind that XLA's compiler knows by these numbers alone. It takes plain attention for them: cuDNN is asked on the device."""
+    if not any(importlib.util.find_spec(f"jax_plugins.{plugin}") for plugin in ("xla_cuda12", "xla_cuda13") if importlib.util.find_spec("jax_plugins")):
+        raise ConfigError('--topology needs the GPU compiler, which is not installed: pip install -e ".[cuda]" (on Linux; no GPU is needed)')
+    name, major, cores, units, shared, most, cache, clock, memory = GPUS[kind]
+    target = f"""gpu_device_info {{
+        cuda_compute_capability {{ major: {major} }} core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock} device_memory_size: {memory}
+        memory_bandwidth: {int(roofline.CHIPS[name].bandwidth)} l2_cache_size: {cache} shared_memory_per_core: {shared} shared_memory_per_block_optin: {most}
+        shared_memory_per_block: 49152 threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 registers_per_core_limit: 65536
+        registers_per_block_limit: 65536 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 thread_dim_limit_x: 1024
+        thread_dim_limit_y: 1024 thread_dim_limit_z: 64 }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{name}" """
+    return described(f"{kind}:{machines}x{each}", platform="cuda", topology_name=kind, target_config=target, topology=f"1x{machines}x{each}")
+
+
+def described(asked: str, /, **options: Any) -> list[Any]:
     from jax.experimental import topologies
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}",
-                                                 **({"num_slices": slices} if slices > 1 else {})).devices)
-    except Exception as error:      # of several kinds; libtpu says which shapes there are
-        raise ConfigError(f"--topology={topology!r}: libtpu does not know it ({str(error).splitlines()[0]})") from error
+        return list(topologies.get_topology_desc(**options).devices)
+    except Exception as error:      # of several kinds; the compiler says what it knows
+        raise ConfigError(f"--topology={asked!r}: the compiler does not know it ({str(error).splitlines()[0]})") from error
 
 
 def mesh_of(stage: Stage, devices: list[Any]) -> Any:

@@ -53,7 +53,8 @@ def limit_of(mesh: Any) -> int | None:
     """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs). Of chips that are not there, what their compiler takes."""
     if mesh.devices.flat[0] not in jax.devices():
         chip = roofline.chip_of(mesh)
-        return None if chip is None else int(chip.memory)
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if mesh.devices.flat[0].platform == "gpu" else 1
+        return None if chip is None else int(chip.memory * share)
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -90,9 +91,13 @@ def trace_step(stage: Stage, mesh: Any) -> Any:
 
 def compile_step(stage: Stage, mesh: Any) -> Any:
     """``trace_step``, compiled: no array of the state exists. Raises ValueError."""
-    # GPUs would time kernels on the device, which has no room left.
+    return compiled(trace_step(stage, mesh), mesh)
+
+
+def compiled(traced: Any, mesh: Any) -> Any:
+    # GPUs would time kernels on the device, which has no room left, or is not there.
     options = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else None
-    return trace_step(stage, mesh).lower().compile(compiler_options=options)
+    return traced.lower().compile(compiler_options=options)
 
 
 def changed(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> tuple[Stage, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one device, as its maker publishes them. flops: bfloat16 operations a second; memory: bytes that a program may use; bandwidth:
+    """Peaks of one device, as its maker publishes them. flops: bfloat16 operations a second; memory: bytes of it, of a TPU those that a program may use; bandwidth:
     bytes of memory a second; network: bytes that it may send to its neighbours a second, all links together, one way."""
     name: str
     flops: float
