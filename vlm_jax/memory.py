@@ -25,6 +25,8 @@ from vlm_jax.stage import Stage, make_optimizer, resolve
 from vlm_jax.train import init
 from vlm_jax.train.step import make_train_step
 
+# GPUs would time kernels on the device, which has no room left, or is not there; Triton's products cannot do without.
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 MAX_SECONDS = 300.0     # of compiling; then what is known has to do
 
 
@@ -95,9 +97,7 @@ def compile_step(stage: Stage, mesh: Any) -> Any:
 
 
 def compiled(traced: Any, mesh: Any) -> Any:
-    # GPUs would time kernels on the device, which has no room left, or is not there.
-    options = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else None
-    return traced.lower().compile(compiler_options=options)
+    return traced.lower().compile(compiler_options=GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None)
 
 
 def changed(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> tuple[Stage, Any]:

@@ -18,6 +18,7 @@ Losses and modules speak of global arrays; ``ring`` is the one way into per-devi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -129,6 +130,28 @@ def shard(x: jax.Array, *axes: str) -> jax.Array:
     if not sizes or math.prod(sizes.values()) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes))
+
+
+def gather(weight: jax.Array, *axes: str) -> jax.Array:
+    """A weight, already in the dtype of the product, as the product reads it: whole along what "fsdp" splits, and its gradient split again.
+
+    Left to itself, XLA may keep the pieces and send activations or float32 sums instead, several times as much. The identity where "fsdp" is 1.
+    """
+    sizes = current_sizes()
+    if sizes.get("fsdp", 1) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return weight
+    held, read = spec(axes, weight.shape, sizes), spec(axes, weight.shape, {**sizes, "fsdp": 1})
+    return weight if held == read else _gather(weight, held, read)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, held: PartitionSpec, read: PartitionSpec) -> jax.Array:
+    pieces = jax.lax.with_sharding_constraint(weight, held)      # said too, or what is kept for the backward pass may be whole
+    return jax.lax.with_sharding_constraint(pieces, read)
+
+
+_gather.defvjp(lambda weight, held, read: (_gather.__wrapped__(weight, held, read), None),
+               lambda held, read, _, gradient: (jax.lax.with_sharding_constraint(gradient, held),))
 
 
 def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import low_rank
 from vlm_jax.nn.norm import Norm
+from vlm_jax.partitioning import gather
 
 
 class Linear(nn.Module):
@@ -31,7 +32,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes),
                             (x.shape[-1], self.features), jnp.float32)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = rows @ kernel.astype(self.dtype)
+        y = rows @ gather(kernel.astype(self.dtype), *self.axes)
         if (adapter := low_rank(self)) is not None:
             y = y + adapter(rows)
         if self.use_bias:
@@ -67,5 +68,5 @@ class ProjectionHead(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(width ** -0.5),
                                                                    ("embed", "joint")), (width, self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = x @ gather(kernel.astype(self.dtype), "embed", "joint")
         return y if (adapter := low_rank(self)) is None else y + adapter(x.reshape(-1, width)).reshape(y.shape)
