@@ -205,7 +205,7 @@ def tokens(good: Sequence[Read], tokenizer: Any, length: int) -> dict[str, Any]:
         lost.update(gone)
         hurt += bool(gone)
     return {"length": quantiles(counts), "cut": float(np.mean(np.array(counts) > length)) if length else None, "cut_at": length or None,
-            "losing": hurt / len(texts), "lost": dict(lost.most_common(20))}
+            "losing": hurt / len(texts), "lost": dict(sorted(lost.items(), key=lambda entry: (-entry[1], entry[0]))[:20])}
 
 
 def duplicates(source: Any, good: Sequence[Read]) -> dict[str, Any]:
