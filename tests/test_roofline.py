@@ -123,6 +123,14 @@ def test_a_tpu_program_is_read_as_it_runs():
     assert traffic == 2 * (64 + 512) + (400 + 400) + (400 + 4 + 400) + 2 * (12 + 9)
 
 
+@pytest.mark.parametrize("groups,size", [
+    ("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,16]<=[32]", 16), ("[16,2]<=[2,16]T(1,0)", 2), ("mesh['a'=8,'b'=4] {'a'}", 8), ("mesh['a'=8,'b'=4] {'a','b'}", 32),
+    ("mesh['a'=16,'b'=1,'c'=2], device_ids=([2,16]T(1,0)) {'a'}", 16), ("mesh['a'=32,'b'=1] {'a':(1)4}", 4), ("mesh['a'=32]", 32), ("{}", 32),
+])
+def test_sizes_of_groups(groups, size):
+    assert roofline.group_size(f", channel_id=1, replica_groups={groups}, use_global_device_ids=true, metadata={{op_name=\"x\"}}", 32) == size
+
+
 def test_sizes_of_shapes():
     assert roofline.size("(f32[2,3]{1,0}, /*index=1*/bf16[4]{0:T(8)S(1)}, pred[])") == 24 + 8 + 1
     assert roofline.size("(f32[2,3]{1,0}, bf16[4]{0:T(8)S(1)}, pred[])", memory_alone=True) == 25

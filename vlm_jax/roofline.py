@@ -299,10 +299,10 @@ def moved(op: Op, ops: Mapping[str, Op], computations: Mapping[str, list[Op]]) -
 
 def group_size(attributes: str, devices: int) -> int:
     """How many devices take part in one exchange together."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:\{([^}]*)\})?", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*?\{('[^}]*)\}", attributes)     # the devices' order may stand between them
     if mesh:
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
-        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh.group(2) or "") if name in sizes)
+        return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2)))
     grid = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     if grid:
         return int(grid.group(2))
