@@ -15,11 +15,13 @@ class MetricsLog:
 
     A row is flat JSON with ``step``; NaN and infinity are written as strings so that every line
     parses anywhere. ``resume_at`` drops rows beyond that step: they will be made again.
+    ``writes``: False in all processes but the first, whose rows are the same.
     """
 
-    def __init__(self, folder: pathlib.Path, resume_at: int | None = None, tensorboard: bool = False, wandb: str = ""):
-        self.path = pathlib.Path(folder) / "metrics.jsonl"
-        if self.path.exists():
+    def __init__(self, folder: pathlib.Path, resume_at: int | None = None, tensorboard: bool = False, wandb: str = "", writes: bool = True):
+        self.path = pathlib.Path(folder) / "metrics.jsonl" if writes else pathlib.Path(os.devnull)
+        tensorboard, wandb = tensorboard and writes, wandb if writes else ""
+        if writes and self.path.exists():
             rows = [r for r in read_rows(self.path) if resume_at is not None and r["step"] <= resume_at]
             fresh = self.path.with_suffix(".tmp")
             fresh.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -44,7 +46,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.path.name == "metrics.jsonl":
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.flush()
