@@ -386,7 +386,7 @@ def watch(timeout: float) -> Watchdog:
     import jax
     if jax.process_count() == 1:
         return Watchdog(timeout).start()
-    from jax._src import distributed      # the service that carries our signs has no public door
+    from jax._src import distributed  # the service that carries our signs has no public door
     state = distributed.global_state
     if state.client is None:
         raise ConfigError(f"{jax.process_count()} processes found each other ({jax.device_count()} devices, {jax.local_device_count()} of them here) "

@@ -55,6 +55,7 @@ from vlm_jax.train.state import TrainState, merge
 from vlm_jax.train.step import make_train_step
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 42
+MAX_FAILED_SAVES, SAVE_PAUSE = 3, 5.0      # in a row; seconds before the last one of a run is tried again
 
 
 def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval_only: bool = False, console: Console | None = None,
@@ -136,7 +137,12 @@ def check_shared(workdir: pathlib.Path) -> None:
     if partitioning.process_count() == 1:
         return
     file = workdir / ".shared"
-    written = partitioning.from_first(lambda: str(file.write_text(str(time.time_ns()))) and file.read_text())
+
+    def write() -> str:
+        file.write_text(str(time.time_ns()))
+        return file.read_text()
+
+    written = partitioning.from_first(write)
     deadline = time.monotonic() + 30        # NFS shows a new file late
     while not (seen := file.exists() and file.read_text() == written) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -200,13 +206,17 @@ def train_tokenizer(section: ConfigDict, where: str, folder: pathlib.Path) -> No
 
 
 def compiled_by_shape(fn: Callable, *donated: int) -> Callable:
-    """Compiles ``fn(state, batch)`` once for every batch shape (length buckets) and keeps the executables."""
-    jitted, programs = jax.jit(fn, donate_argnums=donated), {}
+    """Compiles ``fn(state, batch)`` once for every batch shape (length buckets) and keeps the executables.
+
+    The state comes back where it lay: left to itself, XLA may lay parts of it elsewhere, and the next call would refuse them.
+    """
+    programs = {}
 
     def lower(state, batch):
         key = tuple(sorted((k, v.shape) for k, v in batch.items()))
         if key not in programs:
-            programs[key] = jitted.lower(state, batch).compile()
+            where = jax.tree.map(lambda x: x.sharding, state)
+            programs[key] = jax.jit(fn, donate_argnums=donated, out_shardings=(where, None)).lower(state, batch).compile()
         return programs[key]
 
     def run(state, batch):
@@ -376,8 +386,27 @@ class StageRun:
             self.keep_best(step, state)
             return self.scores
 
+        failures, tried = 0, start
+
+        def attempt(act: Callable[[], None]) -> bool:
+            """Whether it went well with a save. Raises SaveError for too many failures in a row."""
+            nonlocal failures
+            try:
+                act()
+                return True
+            except checkpoint.SaveError as error:
+                failures += 1
+                self.console.say(f"{error}; {failures} failed save(s) in a row, the run stops at {MAX_FAILED_SAVES + 1}")
+                if failures > MAX_FAILED_SAVES:
+                    raise
+                return False
+
         def save(step: int, state: TrainState) -> None:
-            keeper.save(step, state.replace(frozen={}), {"batch": stage.data.batch})
+            nonlocal failures, tried
+            if attempt(keeper.wait) and keeper.has(tried):
+                failures = 0
+            tried = step
+            attempt(lambda: keeper.save(step, state.replace(frozen={}), {"batch": stage.data.batch}))
 
         def on_bad(step: int) -> None:
             if not self.first:
@@ -400,7 +429,9 @@ class StageRun:
                     save=save, save_every=self.save_every, evaluate=evaluate_now, evaluate_at=lambda s: s == self.total or bool(self.due(s)),
                     on_bad=on_bad, max_bad_steps=self.optim.max_bad_steps, stop=stop, progress=progress, clock=self.clock)
             with self.clock.spend("save"):
-                keeper.wait()
+                while not attempt(keeper.wait) or not keeper.has(step):      # the last save has to be there
+                    time.sleep(SAVE_PAUSE)
+                    save(step, state)
             reached = step
         finally:
             sys.setswitchinterval(interval)
@@ -532,7 +563,7 @@ class StageRun:
 
 
 def write_report(stage: Stage, folder: pathlib.Path, evaluations: Mapping[str, Any], scores: Mapping[str, float], notes: list[str]) -> None:
-    from vlm_jax import report      # matplotlib takes a second to import; a run needs it at its end
+    from vlm_jax import report  # matplotlib takes a second to import; a run needs it at its end
 
     pictures: dict[str, Any] = {}
     for result in evaluations.values():

@@ -47,6 +47,10 @@ log = logging.getLogger("vlm_jax.checkpoint")
 Skipped = list[tuple[int, str]]
 
 
+class SaveError(RuntimeError):
+    """A save that failed, on this process or another one; earlier checkpoints are as they were."""
+
+
 class DamageError(ValueError):
     """A checkpoint directory that does not count: its save did not finish, or its files are not as written."""
 
@@ -342,11 +346,14 @@ class Checkpointer:
         content = {"format": FORMAT, "step": int(step), "leaves": {p: _describe(x) for p, x in flat.items()},
                    "extra": json.loads(json.dumps(extra))}
         arrays = {path: jax.random.key_data(x) if _is_key(x.dtype) else x for path, x in flat.items() if x.size}
-        if partitioning.is_first():
-            self._sweep()
         target = self.directory / str(int(step))
-        # force: a shared file system may still show another process what was swept
-        self._orbax.save(target, args=ocp.args.PyTreeSave(arrays), force=True)
+        try:
+            if partitioning.is_first():
+                self._sweep()
+            # force: a shared file system may still show another process what was swept
+            self._orbax.save(target, args=ocp.args.PyTreeSave(arrays), force=True)
+        except OSError as error:
+            raise SaveError(f"saving checkpoint {target} failed: {type(error).__name__}: {error}") from error
         self._in_flight = int(step)
         self._thread = threading.Thread(target=self._finish, args=(target, content), name="checkpoint-commit")
         self._thread.start()
@@ -375,7 +382,7 @@ class Checkpointer:
             shutil.rmtree(path)
 
     def wait(self) -> None:
-        """Blocks until the save in flight is committed. Raises RuntimeError when it failed, in any process."""
+        """Blocks until the save in flight is committed. Raises SaveError when it failed, in any process."""
         if self._thread is None:
             return
         self._thread.join()
@@ -385,8 +392,12 @@ class Checkpointer:
         failed = any(partitioning.exchange(failed))
         if failed:
             reason = f"{type(error).__name__}: {error}" if error else "see the other processes"
-            raise RuntimeError(f"saving checkpoint {self.directory / str(step)} failed: {reason}") from error
+            raise SaveError(f"saving checkpoint {self.directory / str(step)} failed: {reason}") from error
         self._good.add(step)
+
+    def has(self, step: int) -> bool:
+        """Whether ``step`` was found good, or committed here."""
+        return step in (self._good or ())
 
     def latest_good(self) -> tuple[int | None, Skipped]:
         """The newest step whose files all match its manifest (None without one), and (step, reason) for the
@@ -405,7 +416,7 @@ class Checkpointer:
         """
         self.wait()
         where = self.directory / str(step)
-        if step not in (self._good or ()):
+        if not self.has(step):
             reason = partitioning.from_first(lambda: damage(where))
             if reason is not None:
                 raise ValueError(f"checkpoint {where} cannot be restored: {reason}")
