@@ -39,7 +39,7 @@ SECONDS = 120      # for one start
 def config(steps: int) -> Any:
     whole = tiny.get_config("clip")
     stage = whole.stages.pretrain
-    stage.steps, stage.evals, stage.checkpoint.every = steps, {}, 4
+    stage.steps, stage.evals, stage.checkpoint.every = steps, {}, 12
     return whole
 
 

@@ -40,7 +40,7 @@ def finish(processes, timeout=300):
     """[(exit code, output)]"""
     try:
         outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-        return [(p.returncode, o) for p, o in zip(processes, outputs)]
+        return [(p.returncode, o) for p, o in zip(processes, outputs, strict=True)]
     finally:
         for p in processes:
             p.kill()
