@@ -180,8 +180,8 @@ def unreachable(address: str) -> OSError | None:
 class Watchdog:
     """Signs of life of this process, and what is said of all of them; ``start`` it after ``join``.
 
-    timeout: seconds that a process may be silent, and that nothing may happen in training (more where steps take long: five
-    times the longest pause so far; ``PATIENCE`` times that outside of training). Ends the process with exit code 44, or with 43
+    timeout: seconds that a process may be silent; half as many more, that nothing may happen in training (or five times the longest
+    pause so far, where steps take long; ``PATIENCE`` times that outside of training). Ends the process with exit code 44, or with 43
     where another one ended with that. In a single process there is nobody to be silent: it sees training stand still alone.
     """
 
@@ -274,7 +274,7 @@ class Watchdog:
                 self._going[process] = sign[1], now
         least = min(sign[1] for sign in signs.values())
         behind = {process: sign for process, sign in signs.items() if sign[1] == least}
-        limit = max(self.timeout, 5 * max(sign[3] for sign in signs.values()))
+        limit = max(1.5 * self.timeout, 5 * max(sign[3] for sign in signs.values()))
         waited = min(now - self._going[process][1] for process in behind)
         if waited <= limit * (1 if all(sign[2] for sign in behind.values()) else PATIENCE):
             return ""
