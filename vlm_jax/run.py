@@ -93,8 +93,8 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
 def local_folder(workdir: str | pathlib.Path) -> pathlib.Path:
     """The work directory as a path. Raises ConfigError for an address."""
     if re.match(r"[a-z0-9]+://", str(workdir)):
-        raise ConfigError(f"workdir={str(workdir)!r} is an address; work directories lie on a file system that all processes share: mount the "
-                          "bucket (gcsfuse, mountpoint-s3 and the like do not rename or lock: take NFS, Filestore, FSx or a disk)")
+        raise ConfigError(f"workdir={str(workdir)!r} is an address, which runs cannot write to: give a path on a file system that all processes "
+                          "share, such as a disk, NFS, or a bucket that is mounted with renames and appends (gcsfuse, rclone mount)")
     return pathlib.Path(workdir)
 
 
