@@ -262,9 +262,7 @@ class Watchdog:
                 silent.append(f"process {process}" + (f" on {json.loads(text)[-1]}, when it was at {json.loads(text)[-2]!r}," if text else ""))
         if silent:
             return EXIT_HANG, f"{' and '.join(silent)} has given no sign of life for {self.timeout:.0f} s: it is dead, stopped, or cut off"
-        if left:
-            return None
-        stuck = self._stuck({process: json.loads(text) for process, text in signs.items()}, now)
+        stuck = self._stuck({process: json.loads(text) for process, text in signs.items() if process not in left}, now)
         return (EXIT_HANG, stuck) if stuck else None
 
     def _stuck(self, signs: Mapping[int, Any], now: float) -> str:
@@ -272,6 +270,8 @@ class Watchdog:
         for process, sign in signs.items():
             if sign[1] != self._going.get(process, (None, 0))[0]:
                 self._going[process] = sign[1], now
+        if not signs:
+            return ""
         least = min(sign[1] for sign in signs.values())
         behind = {process: sign for process, sign in signs.items() if sign[1] == least}
         limit = max(1.5 * self.timeout, 5 * max(sign[3] for sign in signs.values()))
@@ -403,6 +403,8 @@ def supervise(coordinator: str = "") -> None:
     """
     if not hasattr(os, "fork"):
         return
+    sys.stdout.flush()      # or it is written twice
+    sys.stderr.flush()
     parent, child = os.getpid(), os.fork()
     if not child:
         _end_with(parent)

@@ -464,8 +464,16 @@ class StageRun:
     def evaluate(self, predict: Mapping[str, Callable], step: int) -> dict[str, float]:
         """Runs the evaluations that are due at ``step``; their scores by name, and what they predicted into files."""
         stage, scores = self.stage, {}
+
+        def told(name: str, fn: Callable) -> Callable:
+            def call(*args: Any, **options: Any) -> Any:
+                self.clock.notice(f"evaluating {name}", False)
+                return fn(*args, **options)
+            return call
+
         for name in self.due(step):
             setting, fitted = self.evals[name], {}
+            watched = {key: told(f"{name}: {key}", fn) for key, fn in predict.items()}
             with self.console.waiting(f"evaluating {name}"):
                 source = stage.open(setting.data or stage.data.eval)
                 takes = inspect.signature(evals.KINDS[setting.kind]).parameters
@@ -473,7 +481,7 @@ class StageRun:
                     fitted["train_source"] = stage.open(setting.train or stage.data.train)
                     if "train_batches" in takes:
                         fitted["train_batches"] = stage.eval_batches(fitted["train_source"], setting.batch, None, self.mesh)
-                result = evals.run(setting.kind, predict, stage.eval_batches(source, setting.batch, setting.examples or None, self.mesh),
+                result = evals.run(setting.kind, watched, stage.eval_batches(source, setting.batch, setting.examples or None, self.mesh),
                                    tokenizer=stage.tokenizer, source=source, **fitted, **setting.options)
             for key, value in result.scores.items():
                 head, _, tail = key.partition("/")
