@@ -21,7 +21,7 @@ ALLOWED = {  # package or module -> our packages and modules that it may import
     "importers": {"weight_rules", "models", "data.tokenizers", "provenance"},
     "report": set(),
 }
-COMMANDS = {"main", "run", "stage", "loading", "memory", "processes", "profiling", "predict", "console", "evaluate", "doctor", "capfilt", "__init__"}
+COMMANDS = {"main", "run", "stage", "loading", "memory", "processes", "profiling", "bucket", "predict", "console", "evaluate", "doctor", "capfilt", "__init__"}
 COMMAND_FILES = {"importers/cli.py"}
 DEVICE_FREE = {"data", "report", "errors", "config", "provenance"}
 FORBIDDEN = re.compile(r"\b(PartitionSpec|process_index|NamedSharding|make_mesh)\b|\bMesh\(")

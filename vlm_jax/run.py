@@ -27,7 +27,6 @@ import inspect
 import json
 import pathlib
 import platform
-import re
 import shutil
 import socket
 import sys
@@ -40,8 +39,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax import bucket, evals, loading, memory, partitioning, processes, profiling, provenance
 from vlm_jax import config as configs
-from vlm_jax import evals, loading, memory, partitioning, processes, profiling, provenance
 from vlm_jax import stage as stages
 from vlm_jax.console import Console
 from vlm_jax.data import fingerprint, pipeline, tokenizers
@@ -68,7 +67,13 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
     """
     first = partitioning.is_first()
     console = console or Console(quiet=not first)
-    workdir = local_folder(workdir)
+    if bucket.is_address(workdir):
+        if partitioning.process_count() > 1:
+            raise ConfigError(f"workdir={str(workdir)!r} is an address, which {partitioning.process_count()} processes cannot share: give a path on a "
+                              "file system that they do, such as NFS, or a bucket mounted with renames and appends (gcsfuse, rclone mount)")
+        with bucket.mirrored(str(workdir), console.say) as folder:
+            return run(config, folder, only=only, eval_only=eval_only, console=console, watchdog=watchdog, began=began, profile=profile)
+    workdir = pathlib.Path(workdir)
     names = [only] if only else list(config.stage_order)
     todo = {name: to_prepare(config, workdir, name) for name in names}
     early = {name: stages.open_stage(config, workdir, name) for name in names if not todo[name]}
@@ -88,14 +93,6 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
         if clock.path and clock.path.exists():
             console.say(goodput.line(goodput.total(goodput.read(clock.path))))
     return EXIT_DONE
-
-
-def local_folder(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The work directory as a path. Raises ConfigError for an address."""
-    if re.match(r"[a-z0-9]+://", str(workdir)):
-        raise ConfigError(f"workdir={str(workdir)!r} is an address, which runs cannot write to: give a path on a file system that all processes "
-                          "share, such as a disk, NFS, or a bucket that is mounted with renames and appends (gcsfuse, rclone mount)")
-    return pathlib.Path(workdir)
 
 
 @contextlib.contextmanager
