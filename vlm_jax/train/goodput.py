@@ -65,7 +65,7 @@ class Clock:
             return
         row = {"start": round(self.began, 3), "at": round(time.time(), 3), "stage": self.stage, "step": step,
                **({} if resumed is None else {"resumed": resumed}), "seconds": {k: round(v, 4) for k, v in self.seconds.items()}}
-        with self.path.open("a") as file:
+        with contextlib.suppress(OSError), self.path.open("a") as file:      # a full disk costs no training
             file.write(json.dumps(row) + "\n")
 
 
