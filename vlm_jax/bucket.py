@@ -204,7 +204,7 @@ def is_address(workdir: str | pathlib.Path) -> bool:
 def mirrored(address: str, say: Callable[[str], None]) -> Iterator[pathlib.Path]:
     """The folder to work in for a work directory in a bucket, kept up to date there until the end, an error's too. Raises ConfigError."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="vlm_jax_run_"))
-    mirror = Mirror(address, folder / "run", say)
+    mirror = Mirror(address, folder / "run", say, EVERY, STALE)
     try:
         mirror.acquire()
         mirror.fetch()

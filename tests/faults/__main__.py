@@ -12,7 +12,8 @@ RUN, TWO, ONE, CHECK = "tests/test_run.py", "tests/faults/test_processes.py", "t
 FAULTS = {
     1: ("SIGKILL at random moments, inside a save too: the end is bitwise the same",
         f"{RUN}::test_killed_at_random_moments_it_ends_bitwise_the_same", f"{CHECK}::test_sigkill_at_any_moment_leaves_a_good_checkpoint",
-        "tests/test_finetune.py::test_killed_before_its_end_it_chooses_the_same"),
+        "tests/test_finetune.py::test_killed_before_its_end_it_chooses_the_same",
+        "tests/faults/test_bucket.py::test_killed_while_it_sends_a_run_ends_in_the_bucket_as_on_a_disk"),
     2: ("SIGTERM, to one of two as well: saved, exit code 42, no orphans; a second one spoils nothing",
         f"{RUN}::test_a_signal_saves_and_exits_42", f"{TWO}::test_two_processes_stop_together_and_one_goes_on",
         f"{ONE}::test_a_second_signal_ends_at_once_and_spoils_nothing", "tests/test_data_reader.py::test_an_unguarded_script_runs_and_no_process_outlives_it"),
@@ -45,7 +46,8 @@ FAULTS = {
          "tests/test_launch.py::test_a_process_that_stays_alone_says_who_is_missing"),
     18: ("configs that cannot work", "tests/test_config.py", f"{ONE}::test_a_batch_that_does_not_divide_over_the_mesh_is_refused",
          f"{TWO}::test_processes_with_other_configs_are_refused"),
-    19: ("two runs in one directory", f"{RUN}::test_two_runs_in_one_directory_the_second_refuses"),
+    19: ("two runs in one directory, or in one bucket", f"{RUN}::test_two_runs_in_one_directory_the_second_refuses",
+         "tests/test_bucket.py::test_one_run_at_a_time", "tests/test_bucket.py::test_a_number_is_won_by_one_alone"),
     20: ("files that lie", "tests/test_importers_read.py", "tests/test_data_tars.py::test_unsafe_members_are_refused"),
 }
 

@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-
 log = logging.getLogger("vlm_jax.metrics")
 
 
