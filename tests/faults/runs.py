@@ -1,5 +1,6 @@
 """Runs of ``main`` in processes of their own, one or two of them, for tests that harm them."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -96,4 +97,6 @@ def copy_unfinished(source, target, last):
 
 
 def send(pid, number=signal.SIGKILL):
-    os.kill(pid, number)
+    """A signal, to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

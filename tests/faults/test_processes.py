@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -97,7 +98,6 @@ def test_a_process_that_is_gone_is_named_with_stacks_and_44(tmp_path, victim, nu
     runs.send(child)
     runs.finish(two)
     assert other.returncode == 44, output[-3000:]
-    import re
     assert re.search(said, output), output[-3000:]
     assert "Thread 0x" in output and "run.py" in output
     for code, output in runs.finish(runs.start_two(tmp_path, *LONG[1:], f"steps={max(runs.losses(tmp_path)) + 4}", devices=2)):
