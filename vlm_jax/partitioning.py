@@ -178,7 +178,12 @@ def gather(batch: Mapping[str, Any], mesh: Mesh, total: int) -> dict[str, np.nda
     """The whole batch of ``total`` rows in every process, each of which brings its own (``rows_here``)."""
     if jax.process_count() == 1:
         return dict(batch)
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(place(batch, mesh, total)))
+    return jax.device_get(_everywhere(mesh)(place(batch, mesh, total)))
+
+
+@functools.lru_cache(maxsize=8)
+def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 # ---- processes
@@ -203,7 +208,8 @@ def exchange(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value, default=lambda x: x.item()).encode(), np.uint8)
     lengths = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    rows = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size))).astype(np.uint8)
+    size = 1 << max(10, int(lengths.max() - 1).bit_length())      # a program is compiled for every size
+    rows = multihost_utils.process_allgather(np.pad(text, (0, size - text.size))).astype(np.uint8)
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 
