@@ -133,8 +133,9 @@ def main(argv: list[str] | None = None) -> int:
         elif watchdog is None:
             raise
         else:
-            watchdog.blame(error)
             traceback.print_exc()
+            sys.stderr.flush()
+            watchdog.blame(error)
     if watchdog is not None:
         watchdog.leave(code, said)
     return code

@@ -349,7 +349,7 @@ class Watchdog:
     def blame(self, error: BaseException) -> None:
         """After an error of the runtime: waits for the verdict, which ends this process, where it comes from another one that is gone."""
         if self.store is not None and type(error).__name__ == "JaxRuntimeError":
-            print(f"error: {str(error).splitlines()[0]}; is another process gone?", file=sys.stderr, flush=True)
+            print("is another process gone? waiting for what the watchdog finds", file=sys.stderr, flush=True)
             time.sleep(self.timeout + 10 * self.period)
 
 
