@@ -14,6 +14,7 @@ from vlm_jax.train.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = "1_pretrain"
+STARTED = []      # ended with the test that started them (conftest.py)
 
 
 def free_port():
@@ -26,8 +27,9 @@ def start(workdir, *args, devices=1, system="clip"):
     """One process with ``devices`` virtual devices; ``args`` are flags, or "optim.lr=1" for a field of the stage."""
     flags = [a if a.startswith("--") else f"--config.stages.pretrain.{a}" for a in args]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "vlm_jax.main", f"--config=tests/tiny.py:{system}", f"--workdir={workdir}", "--platform=cpu",
-                             *flags], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    STARTED.append(subprocess.Popen([sys.executable, "-m", "vlm_jax.main", f"--config=tests/tiny.py:{system}", f"--workdir={workdir}", "--platform=cpu",
+                                     *flags], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return STARTED[-1]
 
 
 def start_two(workdir, *args, devices=4):
@@ -51,7 +53,7 @@ def child_of(process):
     """The process that trains, where a parent watches over it."""
     for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == process.pid and "reader" not in (entry.parent / "cmdline").read_text():
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == process.pid:
                 return int(entry.parent.name)
         except OSError:
             continue

@@ -122,10 +122,11 @@ def test_a_reader_that_hangs_is_named(tmp_path):
     runs.wait_for_step(tmp_path, 4, [one])
     reader, = runs.readers_of(one.pid)
     runs.send(reader, signal.SIGSTOP)
-    (code, output), = runs.finish([one])
-    assert code == 44 and "reading the batch of step" in output and "pipeline.py" in output, output[-3000:]
+    assert one.wait(100) == 44
     deadline = time.monotonic() + 30
-    runs.send(reader, signal.SIGCONT)
+    runs.send(reader, signal.SIGCONT)      # it holds our end of main's output, too
+    output, _ = one.communicate(timeout=30)
+    assert "reading the batch of step" in output and "pipeline.py" in output, output[-3000:]
     while os.path.exists(f"/proc/{reader}") and open(f"/proc/{reader}/stat").read().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)
