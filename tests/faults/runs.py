@@ -33,10 +33,10 @@ def start(workdir, *args, devices=1, system="clip"):
 
 
 def start_two(workdir, *args, devices=4):
-    """Two processes of one run; --hang_timeout=10 also makes them talk often."""
+    """Two processes of one run; --hang_timeout=20: noticed soon, by the standards of a busy machine."""
     port = free_port()
     return [start(workdir, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}", "--rendezvous_timeout=150",
-                  "--hang_timeout=10", *args, devices=devices) for i in (0, 1)]
+                  "--hang_timeout=20", *args, devices=devices) for i in (0, 1)]
 
 
 def finish(processes, timeout=300):
