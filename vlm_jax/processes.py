@@ -332,7 +332,8 @@ class Watchdog:
             return
         self._say(f"left/{self.index}", [code, message])
         began = time.monotonic()
-        while code in (0, 42) or time.monotonic() - began < 4 * self.period + 1:      # the watchdog ends this, if another one is gone
+        # Where it is done, the watchdog ends this if another one is gone; where it failed, process 0 stays until the others have heard.
+        while code in (0, 42) or (self.index == 0 and time.monotonic() - began < 4 * self.period + 1):
             if len(self.store.key_value_dir_get(f"{PREFIX}said/left/")) == self.count:
                 break
             time.sleep(self.period / 4)
