@@ -81,3 +81,25 @@ def test_waiting_for_data_counts_when_the_device_is_idle(tmp_path):
     (tmp_path / "busy").mkdir()
     _, rows = run(tmp_path / "busy", prompt(), working, 8)
     assert all(r["time/data_wait"] < 0.5 for r in rows if "time/data_wait" in r)
+
+
+def test_rows_that_the_disk_refuses_wait_for_it(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1})
+    file, log.file = log.file, Full(log.file)
+    log.write({"step": 2})
+    log.write({"step": 3})
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    log.file = file
+    log.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class Full:
+    """A file that takes three bytes."""
+
+    def __init__(self, file):
+        self.file, self.fileno, self.truncate = file, file.fileno, file.truncate
+
+    def write(self, data):
+        return self.file.write(data[:3])

@@ -21,7 +21,8 @@ ALLOWED = {  # package or module -> our packages and modules that it may import
     "importers": {"weight_rules", "models", "data.tokenizers", "provenance"},
     "report": set(), "checks": {"data"},
 }
-COMMANDS = {"main", "run", "feature_cache", "stage", "loading", "memory", "forecast", "roofline", "processes", "predict", "console", "evaluate", "doctor", "capfilt", "__init__"}
+COMMANDS = {"main", "run", "feature_cache", "stage", "loading", "memory", "forecast", "roofline", "processes", "profiling", "bucket", "predict", "console",
+            "evaluate", "doctor", "capfilt", "__init__"}
 COMMAND_FILES = {"importers/cli.py"}
 DEVICE_FREE = {"data", "report", "checks", "roofline", "errors", "config", "provenance"}
 FORBIDDEN = re.compile(r"\b(PartitionSpec|process_index|NamedSharding|make_mesh)\b|\bMesh\(")

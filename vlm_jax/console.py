@@ -35,8 +35,10 @@ def amount(n: float, unit: str = "") -> str:
 
 
 class Console:
-    def __init__(self):
-        self.rich = RichConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+    """``quiet``: says nothing, in all processes but the first."""
+
+    def __init__(self, quiet: bool = False):
+        self.rich = RichConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 140, quiet=quiet)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)

@@ -29,6 +29,8 @@ def check(stage: Stage) -> None:
     d, where = stage.data, f"stages.{stage.name}.data.cache_features={stage.data.cache_features!r}"
     if not d.cache_features:
         return
+    if partitioning.process_count() > 1:
+        raise ConfigError(f"{where}: features are computed by one process, not {partitioning.process_count()}; nearest: ''")
     if stage.system.cacheable is None:
         raise ConfigError(f"{where}: a {stage.config.system!r} has no frozen tower whose outputs may be kept; nearest: ''")
     trained = sorted(p for p in stage.plan.trainable if re.fullmatch(stage.system.cacheable.parameters, p))

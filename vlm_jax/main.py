@@ -3,7 +3,8 @@
 python -m vlm_jax.main --config=configs/coca.py[:args] [--workdir=DIR] [--config.stages.pretrain.optim.lr=3e-4]
 
 Exit codes: 0 done, 42 stopped by a signal and saved (the same command resumes), 43 bad config
-or data, a loss that stayed non-finite, out of memory, or a process that did not come.
+or data, a loss that stayed non-finite, out of memory, or a process that did not come, 44 a process
+that is gone or stuck (the same command resumes).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import pathlib
 import re
 import sys
+import time
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,6 +22,7 @@ from ml_collections import config_flags
 from vlm_jax import processes
 from vlm_jax.errors import ConfigError
 
+STARTED = time.time()
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, with its arguments after a colon; "
                                          "override fields with --config.FIELD=VALUE.", lock_config=True)
@@ -29,11 +33,15 @@ COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the train step,
 TOPOLOGY = flags.DEFINE_string("topology", "", "With --compile_only: chips that need not be there, such as v5p:4x4x4, or v5e:16x16*2 for two slices.")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "cpu", "gpu", "tpu"], "Where to run (default: the best that JAX finds).")
 
+PROFILE = flags.DEFINE_string("profile", "", "Trace these steps into the stage's profile/ folder, for xprof: FIRST-LAST, or how many after the third.")
+
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (also where the environment tells of several).")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where JAX does not find it itself.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 RENDEZVOUS_TIMEOUT = flags.DEFINE_integer("rendezvous_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+HANG_TIMEOUT = flags.DEFINE_float("hang_timeout", None, "Seconds without a sign of life of a process, or without anything happening in training, after "
+                                  "which all print their stacks and end with 44 (default: 60 for several processes, never for one).", lower_bound=1)
 
 INSTALL = {"gpu": 'pip install -e ".[cuda]"', "tpu": 'pip install -e ".[tpu]"'}
 
@@ -71,9 +79,6 @@ def check_platform(wanted: str) -> None:
         found = jax.default_backend()
     except RuntimeError as error:
         raise ConfigError(f"--platform={wanted or 'default'}: JAX cannot start it: {error}") from error
-    if jax.process_count() > 1:     # a slice of several TPU hosts is one even where nobody asked
-        raise ConfigError(f"{jax.process_count()} processes found each other ({jax.device_count()} devices, {jax.local_device_count()} of them "
-                          "here), but training over several processes is not there yet: use the devices of one host")
     present = accelerator_present()
     if found == "cpu" and present and wanted != "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise ConfigError(f"this machine has a {present.upper()}, but JAX sees only CPUs. Install its build: "
@@ -86,10 +91,20 @@ def check_platform(wanted: str) -> None:
 def join_processes() -> None:
     """Joins the other processes, where the flags or the environment ask for it. Raises ConfigError."""
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    why = ("--distributed" if DISTRIBUTED.value else "") or ("--coordinator" if given != ("", None, None) else "") or processes.found(os.environ)
-    if not why:
+    processes.check(*given)
+    here = processes.found(os.environ) if given == ("", None, None) else processes.Found("--coordinator", *given)
+    if not here.why and not DISTRIBUTED.value:
         return
-    processes.join(*given, timeout=RENDEZVOUS_TIMEOUT.value, why=why)
+    processes.supervise(here.coordinator)
+    processes.join(here.coordinator, here.count, here.index, timeout=RENDEZVOUS_TIMEOUT.value, why=here.why or "--distributed", devices=here.devices)
+
+
+def watch() -> processes.Watchdog | None:
+    """The watchdog where there are several processes, or it was asked for."""
+    import jax
+    if jax.process_count() == 1 and HANG_TIMEOUT.value is None:
+        return None
+    return processes.watch(HANG_TIMEOUT.value or 60.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if {"--help", "-help", "-h", "--helpfull"} & set(argv):
         print(__doc__.strip(), "", FLAGS.main_module_help(), sep="\n")
         return 0
+    watchdog = None
     try:
         try:
             rest = FLAGS(argv)
@@ -123,16 +139,24 @@ def main(argv: list[str] | None = None) -> int:
             from vlm_jax import forecast
             forecast.compile_only(config, name=default_name(argv), only=STAGE.value)
             return 0
+        watchdog = watch()
         from vlm_jax import run
-        return run.run(config, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 43
+        code, said = run.run(config, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value, watchdog=watchdog,
+                             began=STARTED, profile=PROFILE.value), ""
     except Exception as error:
-        if type(error).__name__ == "NonFiniteError":     # by name: its module imports jax
+        code, said = 1, f"{type(error).__name__}: {error}"
+        if isinstance(error, ConfigError) or type(error).__name__ == "NonFiniteError":     # by name: its module imports jax
+            code, said = 43, str(error)
             print(f"error: {error}", file=sys.stderr)
-            return 43
-        raise
+        elif watchdog is None:
+            raise
+        else:
+            traceback.print_exc()
+            sys.stderr.flush()
+            watchdog.blame(error)
+    if watchdog is not None:
+        watchdog.leave(code, said)
+    return code
 
 
 def explain(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The one place that knows the mesh.
+"""The one place that knows the mesh, and which of several processes this one is.
 
 Modules name their axes by meaning ("embed", "heads", "batch"); the table below maps each
 meaning to mesh axes. The mesh always has the three axes of ``MESH_AXES``; a rule set says
@@ -12,19 +12,22 @@ fsdp      data, fsdp              the batch, and weights along their width
 fsdp_tp   data, fsdp, tensor      also heads, hidden units and vocabulary
 ========= ======================= ===========================================
 
-Losses and modules speak of global arrays; ``ring`` is the one way into per-device code.
+Losses and modules speak of global arrays; ``ring`` is the one way into per-device code. Several processes run the same
+program over one mesh; each reads the rows of a batch that its devices hold (``rows_here``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.errors import nearest
@@ -163,6 +166,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def divisible(rows: int, mesh: Mesh) -> int:
+    """The least number of rows from ``rows`` on that divides over the mesh."""
+    shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    return -(-rows // shards) * shards
+
+
 def check_rows(rows: int, mesh: Mesh) -> None:
     """Raises ValueError when a batch of ``rows`` does not divide over the mesh."""
     shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
@@ -171,17 +180,80 @@ def check_rows(rows: int, mesh: Mesh) -> None:
                          f"{max(shards, round(rows / shards) * shards)}")
 
 
-def place(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def place(batch: Mapping[str, Any], mesh: Mesh, total: int | None = None) -> dict[str, jax.Array]:
     """Host batch -> devices, rows over the batch axes: the one way onto devices.
 
-    Rows that do not divide over the mesh lie whole on every device (see ``check_rows``).
+    Rows that do not divide over the mesh lie whole on every device (see ``check_rows``). ``total``: rows of the global batch,
+    where ``batch`` holds only those of this process (``rows_here``); without it, all processes bring the same whole batch.
     """
     def put(x):
         x = np.asarray(x)
-        axes = ("batch",) + ("none",) * (x.ndim - 1) if x.ndim else ()
-        return jax.device_put(x, sharding(mesh, axes, x.shape))
+        shape = x.shape if total is None or not x.ndim else (total, *x.shape[1:])
+        where = sharding(mesh, ("batch",) + ("none",) * (len(shape) - 1) if shape else (), shape)
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+
+        def piece(index):
+            if total is None or not shape:
+                return x[index]
+            first, last, _ = index[0].indices(total)
+            return x[slice(*np.searchsorted(rows_here(total, mesh), (first, last)))]
+        return jax.make_array_from_callback(shape, where, piece)
 
     return {name: put(x) for name, x in batch.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def rows_here(total: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch of ``total`` that devices of this process hold, in order: all of them in a single process."""
+    pieces = sharding(mesh, ("batch",), (total,)).addressable_devices_indices_map((total,)).values()
+    return np.unique(np.concatenate([np.arange(total)[index] for index in pieces]))
+
+
+def whole_batch(batch: Mapping[str, Any], mesh: Mesh, total: int) -> dict[str, np.ndarray]:
+    """The whole batch of ``total`` rows in every process, each of which brings its own (``rows_here``)."""
+    if jax.process_count() == 1:
+        return dict(batch)
+    return jax.device_get(_everywhere(mesh)(place(batch, mesh, total)))
+
+
+@functools.lru_cache(maxsize=8)
+def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
+# ---- processes
+
+def process_count() -> int:
+    return jax.process_count()
+
+
+def process_number() -> int:
+    """Which process this is, from 0."""
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once, and speaks."""
+    return jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """A JSON value of each process, in all of them: every process calls it at the same place."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value, default=lambda x: x.item()).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
+    size = 1 << max(10, int(lengths.max() - 1).bit_length())      # a program is compiled for every size
+    rows = multihost_utils.process_allgather(np.pad(text, (0, size - text.size))).astype(np.uint8)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """A JSON value that the first process computes and all return: every process calls it at the same place."""
+    if jax.process_count() == 1:
+        return compute()
+    return exchange(compute() if is_first() else None)[0]
 
 
 def abstract(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

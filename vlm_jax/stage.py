@@ -281,23 +281,37 @@ class Stage:
                               f"nearest: {tuple(own)}")
         return source
 
-    def eval_batches(self, source: Any, batch: int, examples: int | None, images: int = 0, template: str = "") -> Iterator[dict[str, Any]]:
-        """Batches with ``meta`` beside the arrays, every sample once. images, template: instead of data.images and data.eval_template."""
+    def eval_batches(self, source: Any, batch: int, examples: int | None, images: int = 0, template: str = "", mesh: Any = None) -> Iterator[dict[str, Any]]:
+        """Batches with ``meta`` beside the arrays, every sample once. images, template: instead of data.images and data.eval_template.
+
+        Of several processes over ``mesh``, each reads its rows of a batch, and all get the whole batch; ``batch`` is rounded up to rows that
+        divide over it.
+        """
         keys = self.scored(images, template)
+        alone = mesh is None or partitioning.process_count() == 1
+        if not alone:
+            batch = partitioning.divisible(batch, mesh)
+        mine = np.arange(batch) if alone else partitioning.rows_here(batch, mesh)
         with pipeline.eval_batches(source, self.tokenizer, batch=batch, size=self.data.size, length=self.data.length,
                                    augment=self.data.eval_augment or pipeline.EVAL_AUGMENT, limit=examples,
-                                   bad_budget=self.data.bad_budget, **keys) as batches:
+                                   bad_budget=self.data.bad_budget, mine=mine, **keys) as batches:
             for arrays, meta in batches:
-                real = iter(meta)
-                yield {**arrays, "meta": [next(real) if row else {} for row in arrays["mask"]]}
+                told = dict(zip(mine[arrays["mask"]].tolist(), meta))
+                if not alone:
+                    arrays = partitioning.whole_batch(arrays, mesh, batch)
+                    told = {int(row): one for part in partitioning.exchange(told) for row, one in part.items()}
+                yield {**arrays, "meta": [told.get(row, {}) for row in range(batch)]}
 
-    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path, features: FeatureStore | None = None) -> pipeline.TrainBatches:
+    def train_batches(self, source: Any, start: int, stop: int, quarantine: pathlib.Path, mesh: Any = None, features: FeatureStore | None = None
+                      ) -> pipeline.TrainBatches:
+        """Batches of the rows that this process reads: all of them without a ``mesh`` over several. features: what they hold instead of images."""
         d = self.data
+        mine = None if mesh is None else partitioning.rows_here(d.batch, mesh)
         return configs.call(
             pipeline.train_batches, {}, f"stages.{self.name}.data", source, self.tokenizer, batch=d.batch, size=d.size,
             length=d.length, augment=d.augment or pipeline.EVAL_AUGMENT, seed=self.config.seed, start_step=start, stop_step=stop,
             threads=d.threads, workers=d.workers, prefetch=d.prefetch, block=d.block, window=d.window, bad_budget=d.bad_budget,
-            buckets=d.buckets, quarantine_path=str(quarantine), features=features, **self.beside)
+            buckets=d.buckets, quarantine_path=str(quarantine), features=features, mine=mine, **self.beside)
 
     def scored(self, images: int, template: str) -> dict[str, Any]:
         """``beside`` for an evaluation with other images or another template, which stay as they are where it is 0 or "". Raises ConfigError."""
@@ -655,7 +669,8 @@ def bind(system: System, variables: Any, mesh: Any) -> dict[str, Callable]:
     def make(fn):
         @functools.lru_cache(maxsize=None)
         def jitted(options):
-            return jax.jit(lambda variables, batch, key: fn(variables, batch, key=key, **dict(options)))
+            everywhere = {"out_shardings": partitioning.replicated(mesh)} if partitioning.process_count() > 1 else {}
+            return jax.jit(lambda variables, batch, key: fn(variables, batch, key=key, **dict(options)), **everywhere)
 
         def call(batch: Mapping[str, Any], key: jax.Array | None = None, **options: Any) -> dict[str, np.ndarray]:
             arrays = {k: v for k, v in batch.items() if k != "meta"}

@@ -120,9 +120,11 @@ class _Reader:
 class _Steps:
     """step -> (batch or None, samples seen, offences); pure."""
 
-    def __init__(self, reader: _Reader, order, *, batch: int, seed: int, buckets: Sequence[int], lengths: Lengths | None):
+    def __init__(self, reader: _Reader, order, *, batch: int, seed: int, buckets: Sequence[int], lengths: Lengths | None,
+                 mine: np.ndarray | None = None):
         self.reader, self.writer, self.order = reader, reader.writer, order
         self.batch, self.length, self.seed, self.lengths = batch, self.writer.longest, seed, lengths
+        self.mine = np.arange(batch) if mine is None else mine      # rows of the batch that are read here
         self.buckets = (*sorted(buckets), self.length)
         length = self.length
         if self.buckets[0] < 2 or any(b >= length for b in self.buckets[:-1]):
@@ -131,15 +133,15 @@ class _Steps:
         self._ordered: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))     # the last such run
 
     def __call__(self, step: int):
-        positions = np.arange(step * self.batch, (step + 1) * self.batch)
+        count, positions = len(self.mine), step * self.batch + self.mine
         indices = self._indices(step)
         bucket = None if self.lengths is None else self.holding(int(self.lengths[indices].max()))
         size = self.reader.chain.size
-        asked = self.reader.rows
-        image = np.empty(asked.image_shape(self.batch if self.reader.features is None else 0, size), np.uint8)
+        asked, indices = self.reader.rows, indices[self.mine]
+        image = np.empty(asked.image_shape(count if self.reader.features is None else 0, size), np.uint8)
         read = indices.copy()
-        said, keys, samples, offences, seen = [None] * self.batch, [""] * self.batch, [None] * self.batch, [], 0
-        for start in range(0, self.batch, TOGETHER):
+        said, keys, samples, offences, seen = [None] * count, [""] * count, [None] * count, [], 0
+        for start in range(0, count, TOGETHER):
             todo = dict(enumerate(indices[start:start + TOGETHER].tolist(), start))     # row -> the sample to try
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 rows = list(todo) if bucket is None or attempt == 1 else [      # a replacement may be one that the batch cannot hold
@@ -233,7 +235,8 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
                   block: int = 1, window: int = 1, caption: str = "sample", bad_budget: float = 0.01,
                   quarantine_path: str | None = None, buckets: Sequence[int] = (),
                   max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN, layout: Layout = PLAIN_TEXT,
-                  instruction_tokenizer: Tokenizer | None = None, features: FeatureStore | None = None) -> TrainBatches:
+                  instruction_tokenizer: Tokenizer | None = None, features: FeatureStore | None = None,
+                  mine: np.ndarray | None = None) -> TrainBatches:
     """Batches of a run from ``start_step`` on (to ``stop_step``, or without end): an iterator of (step, batch).
 
     ``batch``: rows of the global batch; ``size``: pixels a side; ``length``: tokens; ``augment``: a chain
@@ -246,6 +249,8 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     Threads share one interpreter, which decoding and resizing let go of: they do for photographs. Processes pay where
     pictures are small, so that Python is much of the work (docs/results.md), or many threads wait for each other; each has its
     own copy of what the source holds in memory. One that dies is a RuntimeError that names its exit status.
+
+    ``mine``: the rows of each batch that are read, in order, where other processes read the others; a row is the same whoever reads it.
 
     ``buckets``: text is cropped to the smallest of these lengths, or ``length``, that holds the batch's longest
     caption. Which one follows from (seed, step) and the column of caption lengths (``lengths.token_lengths``), so that processes
@@ -264,7 +269,10 @@ def train_batches(source: Any, tokenizer: Tokenizer, *, batch: int, size: int, l
     reader = _Reader(source, ops.Chain(augment, size), caption, max_pixels, rows, writer, training=True, features=features)
     column = buckets and layout.name == "plain"
     steps = _Steps(reader, order_of(source, seed, block, window), batch=batch, seed=seed, buckets=buckets,
-                   lengths=token_lengths(source, tokenizer, rows.text_clean) if column else None)
+                   lengths=token_lengths(source, tokenizer, rows.text_clean) if column else None, mine=mine)
+    if buckets and steps.lengths is None and len(steps.mine) < batch:
+        raise ValueError(f"buckets={tuple(buckets)}: {name_of(source)} has no column of text lengths (layout {layout.name!r}), so that a process which reads a "
+                         "part of the batch cannot tell its longest; nearest: buckets=()")
     ledger = Ledger(bad_budget, quarantine_path=quarantine_path)
     return TrainBatches(steps, start_step, stop_step, threads, workers, prefetch, ledger)
 
@@ -313,7 +321,7 @@ class EvalBatches(_Batches):
 def eval_batches(source: Any, tokenizer: Tokenizer | None, *, batch: int, size: int, length: int, augment: str = EVAL_AUGMENT,
                  limit: int | None = None, threads: int = 2, prefetch: int = 2, bad_budget: float = 0.01,
                  quarantine_path: str | None = None, max_pixels: int = ops.MAX_PIXELS, rows: Rows = PLAIN, layout: Layout = PLAIN_TEXT,
-                 instruction_tokenizer: Tokenizer | None = None) -> EvalBatches:
+                 instruction_tokenizer: Tokenizer | None = None, mine: np.ndarray | None = None) -> EvalBatches:
     """Every sample once (the first ``limit``), in index order: an iterator of (batch, meta).
 
     ``batch["mask"]`` is False in the rows that fill up the last batch and in those of bad samples, which are
@@ -322,17 +330,19 @@ def eval_batches(source: Any, tokenizer: Tokenizer | None, *, batch: int, size: 
     sample has them "answers" (as given, with repeats), "kind" (of question), "question_id" and "choices". ``rows``: what batches hold beside image and
     text; a sample without answers or label has weights of 0 and -1. ``layout``: how text lies in them; "captions" are then the replies, "question"
     the prompt, and replies are the answers where there are no others.
-    Bad samples count against ``bad_budget`` as in training.
+    Bad samples count against ``bad_budget`` as in training. ``mine``: the rows of each batch that are read, as in training.
     """
     writer = Writer(layout, tokenizer, length, instruction_tokenizer)
     reader = _Reader(source, ops.Chain(augment, size), "first", max_pixels, rows, writer)
     total = len(source) if limit is None else min(limit, len(source))
+    mine = np.arange(batch) if mine is None else mine
+    count = len(mine)
 
     def read(number: int):
-        image = np.zeros(rows.image_shape(batch, size), np.uint8)
-        ids, samples, said = np.zeros((2, batch), np.int32), [None] * batch, [None] * batch
-        mask, meta, offences = np.zeros(batch, bool), [], []
-        indices = range(number * batch, min((number + 1) * batch, total))
+        image = np.zeros(rows.image_shape(count, size), np.uint8)
+        ids, samples, said = np.zeros((2, count), np.int32), [None] * count, [None] * count
+        mask, meta, offences = np.zeros(count, bool), [], []
+        indices = [i for i in (number * batch + mine).tolist() if i < total]
         found = reader.fill(image, range(len(indices)), indices, generators(0, np.array(indices), 1))
         for row, (index, sample) in enumerate(zip(indices, found)):
             if isinstance(sample, BadSample):

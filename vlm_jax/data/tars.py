@@ -39,7 +39,7 @@ import numpy as np
 from vlm_jax.data.bad import BadSample
 from vlm_jax.data.fingerprint import digest, spread
 from vlm_jax.data.record import IMAGE_KINDS, Field, RecordSource, field_value
-from vlm_jax.errors import nearest
+from vlm_jax.errors import ConfigError, nearest
 
 PACK = "__pack__"
 OPEN_FILES = 256
@@ -73,11 +73,12 @@ def is_remote(path: str) -> bool:
 
 
 def filesystem(path: str):
+    """fsspec's file system of an address, and the path in it. Raises ConfigError where its protocol needs a package that is absent."""
+    import fsspec
     try:
-        import fsspec
-    except ImportError:
-        raise ImportError(f"reading {path} needs fsspec (pip install fsspec and the package of its protocol)") from None
-    return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise ConfigError(f"{path!r}: {error}; the common ones come with pip install -e \".[bucket]\"") from error
 
 
 def find_files(pattern: str, kind: str = "tar") -> list[str]:

@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from vlm_jax import partitioning
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -44,6 +45,10 @@ WRITERS = ocp.type_handlers.create_type_handler_registry(
 log = logging.getLogger("vlm_jax.checkpoint")
 
 Skipped = list[tuple[int, str]]
+
+
+class SaveError(RuntimeError):
+    """A save that failed, on this process or another one; earlier checkpoints are as they were."""
 
 
 class DamageError(ValueError):
@@ -186,17 +191,6 @@ def _steps(directory: Path) -> list[int]:
     return sorted((int(name) for name in found if re.fullmatch(r"\d+", name)), reverse=True)
 
 
-def _from_first_process(compute: Callable[[], Any]) -> Any:
-    """A JSON value that the first process computes and all processes return."""
-    value = compute() if ocp.multihost.is_primary_host(0) else None
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    text = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(text, length)))
-    return json.loads(text.astype(np.uint8).tobytes())
-
-
 def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
     """The newest step whose files all match its manifest (None without one), and what was passed over:
     (step, reason) newest first. With several processes the first one reads, and all are told."""
@@ -210,7 +204,7 @@ def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
             skipped.append((step, reason))
         return None, skipped
 
-    step, skipped = _from_first_process(survey)
+    step, skipped = partitioning.from_first(survey)
     return step, [(s, reason) for s, reason in skipped]
 
 
@@ -352,11 +346,14 @@ class Checkpointer:
         content = {"format": FORMAT, "step": int(step), "leaves": {p: _describe(x) for p, x in flat.items()},
                    "extra": json.loads(json.dumps(extra))}
         arrays = {path: jax.random.key_data(x) if _is_key(x.dtype) else x for path, x in flat.items() if x.size}
-        if ocp.multihost.is_primary_host(0):
-            self._sweep()
         target = self.directory / str(int(step))
-        # force: a shared file system may still show another process what was swept
-        self._orbax.save(target, args=ocp.args.PyTreeSave(arrays), force=True)
+        try:
+            if partitioning.is_first():
+                self._sweep()
+            # force: a shared file system may still show another process what was swept
+            self._orbax.save(target, args=ocp.args.PyTreeSave(arrays), force=True)
+        except OSError as error:
+            raise SaveError(f"saving checkpoint {target} failed: {type(error).__name__}: {error}") from error
         self._in_flight = int(step)
         self._thread = threading.Thread(target=self._finish, args=(target, content), name="checkpoint-commit")
         self._thread.start()
@@ -365,7 +362,7 @@ class Checkpointer:
         """Runs in the background: wait for Orbax, write the manifest, then drop what is too old."""
         try:
             self._orbax.wait_until_finished()
-            if ocp.multihost.is_primary_host(0):
+            if partitioning.is_first():
                 _commit(target, content)
                 committed = [s for s in _steps(self.directory) if (self.directory / str(s) / MANIFEST).exists()]
                 for step in committed[self.keep:]:
@@ -385,19 +382,22 @@ class Checkpointer:
             shutil.rmtree(path)
 
     def wait(self) -> None:
-        """Blocks until the save in flight is committed. Raises RuntimeError when it failed, in any process."""
+        """Blocks until the save in flight is committed. Raises SaveError when it failed, in any process."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread, step, self._in_flight = None, self._in_flight, None
         error, self._error = self._error, None
         failed = error is not None
-        if jax.process_count() > 1:
-            failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+        failed = any(partitioning.exchange(failed))
         if failed:
             reason = f"{type(error).__name__}: {error}" if error else "see the other processes"
-            raise RuntimeError(f"saving checkpoint {self.directory / str(step)} failed: {reason}") from error
+            raise SaveError(f"saving checkpoint {self.directory / str(step)} failed: {reason}") from error
         self._good.add(step)
+
+    def has(self, step: int) -> bool:
+        """Whether ``step`` was found good, or committed here."""
+        return step in (self._good or ())
 
     def latest_good(self) -> tuple[int | None, Skipped]:
         """The newest step whose files all match its manifest (None without one), and (step, reason) for the
@@ -416,8 +416,8 @@ class Checkpointer:
         """
         self.wait()
         where = self.directory / str(step)
-        if step not in (self._good or ()):
-            reason = _from_first_process(lambda: damage(where))
+        if not self.has(step):
+            reason = partitioning.from_first(lambda: damage(where))
             if reason is not None:
                 raise ValueError(f"checkpoint {where} cannot be restored: {reason}")
         manifest = read_manifest(where)

@@ -87,9 +87,9 @@ def create(system: System, plan: Plan, tx: optax.GradientTransformation, mesh: M
             return x if value is None or value.shape != x.shape else value.astype(x.dtype)
         return jax.tree_util.tree_map_with_path(leaf, carry)
 
-    given = {"carry": {p.removeprefix("carry/"): jnp.asarray(x) for p, x in given.items() if p.startswith("carry/")},
-             "params": {p: jnp.asarray(x, plan.shapes[p].dtype) for p, x in given.items() if p in plan.shapes},
-             "moving": {p: jnp.asarray(x, plan.moving[p].dtype) for p, x in given.items() if p in plan.moving}}
+    given = {"carry": {p.removeprefix("carry/"): np.asarray(x) for p, x in given.items() if p.startswith("carry/")},
+             "params": {p: np.asarray(x, plan.shapes[p].dtype) for p, x in given.items() if p in plan.shapes},
+             "moving": {p: np.asarray(x, plan.moving[p].dtype) for p, x in given.items() if p in plan.moving}}
     shardings = state_shardings(system, plan, tx, mesh, jax.eval_shape(build, given))
     return jax.jit(build, out_shardings=shardings)(given)
 

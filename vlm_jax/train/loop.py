@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from vlm_jax.train.goodput import Clock
 from vlm_jax.train.metrics import MetricsLog
 from vlm_jax.train.state import TrainState
 
@@ -18,11 +19,19 @@ class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for an orderly stop at the next step; a second signal acts at once."""
+ECHO = 1.0      # seconds: schedulers and supervising parents repeat a signal
 
-    def __init__(self):
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for an orderly stop at the next step; a second signal, a second later, acts at once.
+
+    ``agreed``: of several processes, when they stop together (``processes.Stop``).
+    """
+
+    def __init__(self, agreed: Any = None):
+        self.agreed = agreed
         self.signal: int | None = None
+        self.asked = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,15 +41,25 @@ class StopRequest:
         return self
 
     def _receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, self.previous.get(number) or signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.asked = number, time.monotonic()
+            if self.agreed:
+                self.agreed.signal = number
+        elif time.monotonic() - self.asked > ECHO:
+            signal.signal(number, self.previous.get(number) or signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __exit__(self, *exc):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    def due(self, step: int) -> bool:
+        """Whether the run stops after ``step``; False lets the next one begin."""
+        if self.agreed is None:
+            return self.signal is not None
+        due = self.agreed.due(step)
+        self.signal = self.agreed.signal if due else self.signal
+        return due
 
 
 def resident_mb() -> float | None:
@@ -57,30 +76,32 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
         batch_size: int, log: MetricsLog, log_every: int, learning_rate: Callable[[int], float],
         save: Callable[[int, TrainState], None], save_every: int, evaluate: Callable[[int, TrainState], Mapping[str, float]],
         evaluate_at: Callable[[int], bool], on_bad: Callable[[int], None], max_bad_steps: int,
-        stop: StopRequest, progress: Callable[[Mapping[str, Any], int], None]) -> tuple[TrainState, int]:
+        stop: StopRequest, progress: Callable[[Mapping[str, Any], int], None], clock: Clock | None = None) -> tuple[TrainState, int]:
     """Runs steps ``start`` .. ``total`` and returns the state and the step reached.
 
     batches: yields (step index, host batch). Waiting for it counts as data wait when the device has
     finished the step before by the time the batch is there: until then it loses nothing. Metrics of step s are read after step s+1 is under way. Returns early, saved,
-    when ``stop`` is set. Raises NonFiniteError after ``max_bad_steps`` bad steps in a row.
+    when ``stop`` is due. ``clock`` is told what the time goes to. Raises NonFiniteError after ``max_bad_steps`` bad steps in a row.
     """
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-    clock, waited, counted = time.perf_counter(), 0.0, start
+    since, waited, counted = time.perf_counter(), 0.0, start
+    clock = clock or Clock()
 
     def flush(upto: int) -> None:
-        nonlocal pending, clock, waited, counted
+        nonlocal pending, since, waited, counted
         ready = [(s, m) for s, m in pending if s <= upto]
         pending = [(s, m) for s, m in pending if s > upto]
         if not ready:
             return
         values = jax.device_get([m for _, m in ready])
         now = time.perf_counter()
-        speed = {"time/images_per_s": (ready[-1][0] - counted) * batch_size / max(now - clock, 1e-9),
-                 "time/data_wait": waited / max(now - clock, 1e-9)}
+        speed = {"time/images_per_s": (ready[-1][0] - counted) * batch_size / max(now - since, 1e-9),
+                 "time/data_wait": waited / max(now - since, 1e-9)}
         memory = resident_mb()
         if memory is not None:
             speed["time/resident_mb"] = memory
-        clock, waited, counted = now, 0.0, ready[-1][0]
+        since, waited, counted = now, 0.0, ready[-1][0]
+        clock.record(counted)
         for (step, _), metrics in zip(ready, values):
             row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
             bad = int(row.pop("bad_steps"))
@@ -101,28 +122,34 @@ def fit(state: TrainState, step_fn: Callable[[TrainState, Mapping[str, jax.Array
     step, stream = start, iter(batches)
     while True:
         asked = time.perf_counter()
+        clock.now(f"reading the batch of step {step + 1}")
         try:
             index, batch = next(stream)
         except StopIteration:
             break
-        if step > start and metrics["loss"].is_ready():
-            waited += time.perf_counter() - asked
+        if step == start or metrics["loss"].is_ready():
+            clock.move(time.perf_counter() - asked, "step", "data wait")
+            waited += time.perf_counter() - asked if step > start else 0.0
+        clock.now(f"running step {step + 1}")
         state, metrics = step_fn(state, place(batch))
         step = index + 1
         pending.append((step, metrics))
-        stopping = bool(stop)                    # read once: a signal may come at any line
+        stopping = step < total and stop.due(step)
         saving = stopping or step >= total or step % save_every == 0
         if saving or evaluate_at(step):
             flush(step)
         elif (step - 1) % log_every == 0:
             flush(step - 1)
         if evaluate_at(step):
-            log.write({"step": step, **evaluate(step, state)})
+            with clock.spend("evaluate"):
+                log.write({"step": step, **evaluate(step, state)})
         if saving:
-            log.flush()
-            save(step, state)
+            with clock.spend("save"):
+                log.flush()
+                save(step, state)
+            clock.record(step)
         if saving or evaluate_at(step):
-            clock = time.perf_counter()
+            since = time.perf_counter()
         if stopping or step >= total:
             break
     return state, step
