@@ -391,29 +391,29 @@ CLAIMS: dict[str, Claim] = {
 
     "stagewise": Claim(
         sentence="Images alone, then texts alone, then pairs teach more than pairs from the start, at as many tokens through the transformer.",
-        paper="VLMo (arXiv 2111.02358), sections 3.4 and 4.4", config=VLMO,
+        paper="VLMo (arXiv 2111.02358), section 3.4 and its ablations", config=VLMO,
         variants={"staged": {"stage_order": ("vision", "language", "joint"), **before("vision", 17, 0.16), **before("language", 22, 0.16),
                              **fused(round(0.68 * FUSED_STEPS))},
                   "joint": FUSED},
         differences=of_fused("staged", "joint"), shown=SHOWN_OF_FUSED),
     "shared_attention": Claim(
         sentence="Attention that all modalities share teaches more than attention of each one's own.",
-        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        paper="VLMo (arXiv 2111.02358), section 3.2 and its ablations", config=VLMO, shared=FUSED,
         variants={"shared": {}, "separate": stage("joint", **{"model.trunk.attention": "split"})},
         differences=of_fused("shared", "separate"), shown=SHOWN_OF_FUSED),
     "global_negatives": Claim(
         sentence="Matching learns more from hard negatives of the whole batch than from those of six groups, as where each device has four pairs.",
-        paper="VLMo (arXiv 2111.02358), sections 3.3 and 4.4", config=VLMO, shared=FUSED,
+        paper="VLMo (arXiv 2111.02358), section 3.3 and its ablations", config=VLMO, shared=FUSED,
         variants={"global": {}, "local": stage("joint", **{"loss.group": 4})},
         differences=of_fused("global", "local"), shown=SHOWN_OF_FUSED),
     "experts": Claim(
         sentence="Feed-forward experts by modality teach more than one feed-forward part for all, at the same work for each token.",
-        paper="VLMo (arXiv 2111.02358), sections 3.2 and 4.4", config=VLMO, shared=FUSED,
+        paper="VLMo (arXiv 2111.02358), section 3.2 and its ablations", config=VLMO, shared=FUSED,
         variants={"experts": {}, "one": stage("joint", **{"model.trunk.feed_forward": "shared"})},
         differences=of_fused("experts", "one"), shown=SHOWN_OF_FUSED),
     "masked_then_contrast": Claim(
         sentence="Masked modelling alone and then contrast teach more than contrast, matching and masked words together, at as many tokens.",
-        paper="BEiT-3 (arXiv 2208.10442), sections 2.2 and 3.2", config={"masked": BEIT3, "together": VLMO},
+        paper="BEiT-3 (arXiv 2208.10442), section 2.2", config={"masked": BEIT3, "together": VLMO},
         variants={"masked": MASKED, "together": FUSED},
         differences={what: (("masked", f"retrieval/{score}"), ("together", f"rerank/{score}/dual_encoder")) for what, score in RECALL.items()},
         shown=()),

@@ -83,6 +83,7 @@ def rows(found: Mapping[str, Points]) -> list[str]:
 
 def draw(found: Mapping[str, Points]) -> bytes:
     """PNG: seconds over n, both logarithmic, with the fitted lines."""
+    from vlm_jax.report.curves import plain_log
     from vlm_jax.report.theme import LIGHT, render
 
     def paint(figure: Any, theme: Any) -> None:
@@ -94,6 +95,8 @@ def draw(found: Mapping[str, Points]) -> bytes:
             axes.plot(line, start * line ** slope, color=colour, linewidth=1, linestyle="--")
             axes.plot(list(points), [statistics.median(x) for x in points.values()], marker, color=colour, markersize=5, label=f"{way}, slope {slope:.2f}")
         axes.set(xscale="log", yscale="log", xlabel="images, and as many texts", ylabel="processor seconds for all texts")
+        plain_log(axes.xaxis)
+        plain_log(axes.yaxis)
         axes.set_title("Retrieval as the set grows")
         axes.legend(loc="upper left")
 

@@ -514,6 +514,19 @@ def test_the_papers_sizes_have_the_papers_counts(size, counts):
     assert (plan.count() - sum(plan.count(head) for head in heads), plan.count()) == counts
 
 
+def test_attention_and_feed_forward_are_shared_or_split():
+    def paths(**fields):
+        section = tiny("joint").stages.joint
+        with section.unlocked():
+            section.model.trunk.update(fields)
+        return {p for p in stages.resolve(section, "joint").plan.shapes if p.startswith("blocks")}
+
+    vlmo, apart, together = paths(), paths(attention="split"), paths(feed_forward="shared")
+    assert {"blocks/attn/all/query/kernel", "blocks/norm1/scale", "blocks/mlp/text/up/kernel", "blocks_vl/norm2/vl/scale"} <= vlmo
+    assert {"blocks/attn/text/query/kernel", "blocks/norm1/image/scale", "blocks_vl/attn/vl/out/kernel"} <= apart and not [p for p in apart if "/all/" in p]
+    assert {"blocks/mlp/all/up/kernel", "blocks_vl/norm2/all/scale"} <= together and not [p for p in together if "/text/" in p or "/vl/" in p]
+
+
 @pytest.mark.parametrize("name, change, message", [
     ("joint", lambda s: s.loss.update(negatives="hrad"), "loss.negatives='hrad' is not known; nearest: 'hard'"),
     ("joint", lambda s: s.loss.update(masking="word"), "loss.masking='word' is not known; nearest: 'words'"),

@@ -111,7 +111,7 @@ def _dots(axes, theme: Theme, labels: Mapping[str, str], scores: Mapping[str, np
     axes.grid(axis="y", visible=False)
     if _ranks(names):
         axes.set_xscale("log")
-        _plain_log(axes.xaxis)
+        plain_log(axes.xaxis)
         axes.set_xlim(0.8, 2.5 * axes.get_xlim()[1])
     else:
         low, high = _range(names, scores)
@@ -136,10 +136,10 @@ def _range(names: Iterable[str], scores: Mapping[str, np.ndarray]) -> tuple[floa
 
 def _log_axis(axes) -> None:
     axes.set_yscale("log")
-    _plain_log(axes.yaxis)
+    plain_log(axes.yaxis)
 
 
-def _plain_log(axis) -> None:
+def plain_log(axis) -> None:
     """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
