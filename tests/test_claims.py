@@ -165,7 +165,7 @@ def test_close_ups_show_what_they_say_and_emoji_are_chosen_by_name():
 def test_registered_claims_compare_what_they_run(capsys):
     for name, claim in claims.CLAIMS.items():
         assert claim.sentence.endswith(".") and "arXiv" in claim.paper and name.isidentifier()
-        assert all(names for names in claim.scores().values())      # no variant is run for nothing
+        assert all(names for variant, names in claim.scores().items() if variant != claims.MADE)      # no variant is run for nothing
         for variant, changed in claim.variants.items():
             config = claims.variant_config(claim, variant, 0, made="made", data="data")      # its sections exist
             last = claim.stage or config.stage_order[-1]
