@@ -120,6 +120,7 @@ def test_gcloud_understands_the_commands(tmp_path, arguments):
     (("tpu_vm.sh", "run", *WHERE, "--config=configs/clip.py"), "follow --"),
     (("tpu_vm.sh", "run", *WHERE, "--spot=yes", "--", "x"), "--spot=yes is not known"),
     (("local.sh",), "after --"),
+    (("gpu.sh", "--gpu=1", "--", "--config=x"), "--gpus= --dry-run"),
     (("local.sh", "--gpu=1", "--", "--config=x"), "--gpus= --port="),
     (("local.sh", "--processes=two", "--", "--config=x"), "--processes=two is not a positive number"),
     (("local.sh", "--processes=2", "--gpus=0,1,2", "--", "--config=x"), "does not divide"),
@@ -171,6 +172,7 @@ def test_one_process_has_the_machine_and_its_exit_code_is_passed_on(tmp_path):
     assert (code, out) == (43, "")
     assert (tmp_path / "out").read_text().splitlines() == ["-m", "vlm_jax.main", *TRAIN[1:], "0,2", "unset"]
     assert words("local.sh", *TRAIN)[0][-len(TRAIN[1:]) - 3:] == ["python", "-m", "vlm_jax.main", *TRAIN[1:]]
+    assert words("gpu.sh", "--gpus=0,2", *TRAIN)[0][-len(TRAIN[1:]) - 5:] == ["CUDA_VISIBLE_DEVICES=0,2", "python", "-m", "vlm_jax.main", "--platform=gpu", *TRAIN[1:]]
 
 
 SEVERAL = """
