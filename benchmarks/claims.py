@@ -147,22 +147,21 @@ MASKED = {"stage_order": ("pretrain", "itc"),
           **stage("itc", **{**SMALL, "data.batch": 48}, **MASKED_TOWER, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 48 * (17 + 22)),
                   evals=evals(retrieval=dict(options=dict(captions="first"))))}
 
-# BLIP-2: pairs as many and as small; an eye, a language model and the first stage are made first, once for a seed. What is learnt in 300 steps of a
-# frozen language model is learnt by Muon.
+# BLIP-2: the preset's eye and language model, made first and once for all seeds, as the paper's are; then stages of 300 small batches, the first made once
+# for a seed.
 BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
-BRIDGE = {**SMALL, "data.batch": 32, "data.size": 32, "data.length": 24}
+BRIDGE = {"data.batch": 32, "checkpoint.every": 10_000}
 FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 300, 300, 300
-EYE, LANGUAGE, FIRST, SECOND = (f"{{made}}/{{seed}}/{i + 1}_{name}" for i, name in enumerate(("eye", "language", "pretrain", "generate")))
+EYE, LANGUAGE, FIRST, SECOND = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain", "{made}/{seed}/4_generate"
 IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
-SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, evals={}),
-        **stage("generate", **BRIDGE, steps=SECOND_STEPS, evals=evals(caption={}), init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), **{"data.prompt_length": 4})}
-TOWERS = {**SEEN, **stage("eye", **BRIDGE, steps=400, evals=evals(caption={})), **stage("language", steps=300),
-          **stage("pretrain", evals=evals(retrieval=dict(options=dict(captions="first")), caption={}))}
+SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),
+        **stage("generate", **BRIDGE, steps=SECOND_STEPS, init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), evals=evals("scenes:test", caption={}),
+                **{"data.prompt_length": 4})}
 WRITTEN = {"exact captions": "caption/facts/exact", "CIDEr-D": "caption/CIDEr-D"}
 QUERIES = (2, 8, 32)
 LANGUAGE_STILL = (r"(?!language/).*",)
 TYPES, NEW_TYPES = "count+colour+relation+existence", "comparison"
-REPLIES = {"data.eval": f"scenes:test/{TYPES}", "data.size": 32, "data.batch": 32, "data.prompt_length": 40, "data.length": 24, "checkpoint.every": 10_000}
+REPLIES = {**BRIDGE, "data.eval": f"scenes:test/{TYPES}", "data.prompt_length": 40, "data.length": 28}
 READ = {**stage("instruct", **REPLIES, steps=INSTRUCT_STEPS, init=((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{FIRST}:", "copy"), SECOND),
                 evals={name: dict(section, examples=400, batch=100) for name, section in dict(
                     questions=dict(kind="vqa", data=f"scenes:test/{TYPES}", options=dict(method="generate", beams=1)),
@@ -175,8 +174,9 @@ SIZES = {"caption": 100_000, "colour": 10_000, "count": 2000, "existence": 600, 
 
 def replied(ours: str, theirs: str) -> dict[str, tuple[Score, Score]]:
     """Replies of two variants, to instructions of the kinds that were trained on and of others."""
-    return {what: ((ours, score), (theirs, score)) for what, score in {
-        "questions": "questions/accuracy", "captions": "caption/facts/exact", "comparisons, held out": "held_out/accuracy", "choice, held out": "choice/accuracy"}.items()}
+    of = {"questions": "questions/accuracy", "captions": "caption/facts/exact", "comparisons, held out": "held_out/accuracy",
+          "choice, held out": "choice/accuracy"}
+    return {what: ((ours, score), (theirs, score)) for what, score in of.items()}
 
 
 # ---- data that claims make first
@@ -246,12 +246,14 @@ def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[
 
 
 def bridge(made: pathlib.Path, seed: int, train: Callable[..., Any], last: str = "pretrain") -> dict[str, float] | None:
-    """An eye (made/SEED/1_eye), a language model and BLIP-2's stages up to ``last``. Scores: what the eye's own decoder and the first stage write."""
-    found = {}
-    config = set_fields(configs.from_file(BLIP2), {**TOWERS, "stages.generate.init": (("language/.*", "@language:", "copy"), NEW_PROJECTION, "@pretrain")},
-                        seed, {"seed": seed, "made": made}, BLIP2)
-    for name in config.stage_order[:config.stage_order.index(last) + 1]:
-        run = train(config, made / str(seed), stage=name)
+    """The eye and the language model of BLIP-2's preset (made/towers, of seed 0), and its stages up to ``last`` (made/SEED). Scores: what the eye's own
+    decoder and the stages write."""
+    found, places = {}, {"seed": seed, "made": made}
+    scored = stage("pretrain", evals=evals("scenes:test", retrieval=dict(options=dict(captions="first")), caption={}))
+    own = set_fields(configs.from_file(BLIP2), {**SEEN, **scored}, seed, places, BLIP2)
+    for name in ("eye", "language", "pretrain", "generate")[:4 if last == "generate" else 3]:
+        towers = name in ("eye", "language")
+        run = train(configs.from_file(BLIP2) if towers else own, made / ("towers" if towers else str(seed)), stage=name)
         if not run.done:
             return None
         found |= {f"{name}/{score}": value for score, value in run.scores.items()}
@@ -353,9 +355,8 @@ CLAIMS: dict[str, Claim] = {
     "queries": Claim(
         sentence="More queries tell the language model more of an image.",
         paper="BLIP-2 (arXiv 2301.12597), section 3.1, which has 32", config=BLIP2, prepare=bridge, together="bridge",
-        shared={**SEEN, "stage_order": ("pretrain", "generate"), **stage("pretrain", init=(IMAGE_RULE,)),
-                **stage("generate", init=(LANGUAGE_RULE, NEW_PROJECTION, "@pretrain"))},
-        variants={str(count): {**stage("pretrain", **{"model.qformer.queries": count}), **stage("generate", **{"model.qformer.queries": count})} for count in QUERIES},
+        shared={**SEEN, "stage_order": ("pretrain", "generate"), **stage("generate", init=(LANGUAGE_RULE, NEW_PROJECTION, "@pretrain"))},
+        variants={str(count): {f"stages.{name}.model.qformer.queries": count for name in ("pretrain", "generate")} for count in QUERIES},
         differences={f"{what}, {a} queries against {b}": ((str(a), score), (str(b), score))
                      for b, a in zip(QUERIES, QUERIES[1:], strict=False) for what, score in WRITTEN.items()}),
     "trainable": Claim(
@@ -363,7 +364,8 @@ CLAIMS: dict[str, Claim] = {
         paper="BLIP-2 (arXiv 2301.12597), section 4.1 and table 2", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
         shared={**SEEN, "stage_order": ("generate",)},
         variants={"frozen": {}, "language frozen": stage("generate", trainable=LANGUAGE_STILL), "full": stage("generate", trainable=(".*",))},
-        differences={f"{what}, against {other}": (("frozen", score), (other, score)) for other in ("language frozen", "full") for what, score in WRITTEN.items()}),
+        differences={f"{what}, against {other}": (("frozen", score), (other, score))
+                     for other in ("language frozen", "full") for what, score in WRITTEN.items()}),
     "instruction_aware": Claim(
         sentence="Queries that read the instruction give better replies than queries that see the image alone.",
         paper="InstructBLIP (arXiv 2305.06500), section 2.3 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge", shared=READ,

@@ -67,7 +67,7 @@ def scenes(res):
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
     saved = dict(checkpoint=dict(every=1000, keep=1))
     captions = dict(caption=dict(kind="caption", examples=500))
-    eye = c.stage(**{**eye, **saved, **dict(data=data, steps=700, evals=captions)})
+    eye = c.stage(**{**eye, **saved, **dict(data=dict(data, batch=32), steps=1200, evals=captions)})
 
     def language(tower, data):
         return c.stage(system="single_tower", model=dict(language=tower, tokens=tokens, dtype="auto"), loss=dict(weights=dict(lm=1.0)),
@@ -78,17 +78,19 @@ def scenes(res):
     seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
     pretrain = c.stage(
         **own, model=dict(seen, qformer=dict(variant="mini", positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
-        loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),), data=data, steps=500,
+        loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),),
+        data=data, steps=500,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
                    rerank=dict(RERANK, examples=300, options=dict(RERANK["options"], captions="first", k=16)), **captions))
 
     def generate(tower, origin, layout):
         return c.stage(
             **own, model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens), loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
-            init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"), data=dict(data, **PROMPTED, layout=layout), steps=400,
-            evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
+            init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"),
+            data=dict(data, **PROMPTED, layout=layout), steps=400, evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
 
-    first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain, generate=generate(DECODER, "language", "joined"))
+    first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain,
+                 generate=generate(DECODER, "language", "joined"))
     second = dict(language_t5=language(ENCODER, dict(data, layout="apart", prefix="words")), generate_t5=generate(ENCODER, "language_t5", "apart"))
     spoken = first["generate"]
     # Section 4.3 of the paper: the queries read the question too

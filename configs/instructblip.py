@@ -84,7 +84,8 @@ def scenes(res):
         data=dict(generate["data"], train=f"scenes:train/{HELD_IN_TASKS}", eval="scenes:test/instruct", templates="task", prompt_length=48, length=32,
                   instruction_tokenizer="scenes_instruct", instruction_length=48),
         evals=dict(caption=dict(kind="caption", examples=300, data="scenes:test/caption"),
-                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
+                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"),
+                   choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
                    held_out=dict(asked, examples=300, data="scenes:test/comparison"), video=dict(asked, examples=200, data="scenes:test/video", images=4)))
     order = ("eye", "language", "pretrain", "generate")      # folders have the numbers that configs/blip2.py gives them
     return c.stages((*order, "instruct"), **{name: before[name] for name in order}, instruct=instruct)
