@@ -147,11 +147,11 @@ MASKED = {"stage_order": ("pretrain", "itc"),
           **stage("itc", **{**SMALL, "data.batch": 48}, **MASKED_TOWER, steps=FUSED_STEPS * FUSED_TOKENS // (2 * 48 * (17 + 22)),
                   evals=evals(retrieval=dict(options=dict(captions="first"))))}
 
-# BLIP-2: the preset's eye and language model, made first and once for all seeds, as the paper's are; then stages of 300 small batches, the first made once
+# BLIP-2: the preset's eye and language model, made first and once for all seeds, as the paper's are; then short stages of small batches, the first made once
 # for a seed.
 BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
-BRIDGE = {"data.batch": 32, "checkpoint.every": 10_000}
-FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 300, 300, 300
+BRIDGE = {"checkpoint.every": 10_000}
+FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 300, 300
 EYE, LANGUAGE, FIRST, SECOND = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain", "{made}/{seed}/4_generate"
 IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
 SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),

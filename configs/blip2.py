@@ -63,23 +63,23 @@ DECODER, ENCODER = dict(family="opt", variant="mini", positions=160), dict(famil
 def scenes(res):
     """The stages by name: "eye" (CoCa's preset, shorter) and "language" are frozen from "pretrain" on."""
     eye = c.from_file(f"configs/coca.py:scenes,res={res}").stages.pretrain.to_dict()
-    data = dict(eye["data"], tokenizer="scenes_instruct")
+    data = dict(eye["data"], tokenizer="scenes_instruct", batch=32)
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
     saved = dict(checkpoint=dict(every=1000, keep=1))
     captions = dict(caption=dict(kind="caption", examples=500))
-    eye = c.stage(**{**eye, **saved, **dict(data=dict(data, batch=32), steps=1200, evals=captions)})
+    eye = c.stage(**{**eye, **saved, **dict(data=data, steps=1200, evals=captions)})
 
     def language(tower, data):
         return c.stage(system="single_tower", model=dict(language=tower, tokens=tokens, dtype="auto"), loss=dict(weights=dict(lm=1.0)),
                        optim=dict(MUON, muon_lr=0.04),
-                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0, batch=32), evals={}, steps=300, **saved)
+                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0), evals={}, steps=300, **saved)
 
     own = dict(system="blip2", optim=dict(MUON, muon_lr=0.04), **saved)
     seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
     pretrain = c.stage(
         **own, model=dict(seen, qformer=dict(variant="mini", positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
         loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),),
-        data=data, steps=500,
+        data=data, steps=400,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
                    rerank=dict(RERANK, examples=300, options=dict(RERANK["options"], captions="first", k=16)), **captions))
 
