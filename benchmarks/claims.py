@@ -151,8 +151,8 @@ MASKED = {"stage_order": ("pretrain", "itc"),
 # for a seed.
 BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
 BRIDGE = {"checkpoint.every": 10_000}
-FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 300, 300
-EYE, LANGUAGE, FIRST, SECOND = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain", "{made}/{seed}/4_generate"
+FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 200, 300
+EYE, LANGUAGE, FIRST = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain"
 IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
 SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),
         **stage("generate", **BRIDGE, steps=SECOND_STEPS, init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), evals=evals("scenes:test", caption={}),
@@ -162,13 +162,13 @@ QUERIES = (2, 8, 32)
 LANGUAGE_STILL = (r"(?!language/).*",)
 TYPES, NEW_TYPES = "count+colour+relation+existence", "comparison"
 REPLIES = {**BRIDGE, "data.eval": f"scenes:test/{TYPES}", "data.prompt_length": 40, "data.length": 28}
-READ = {**stage("instruct", **REPLIES, steps=INSTRUCT_STEPS, init=((r"qformer/((token|position)_embed.*|.*/text/.*)", f"{FIRST}:", "copy"), SECOND),
+READ = {**stage("instruct", **REPLIES, steps=INSTRUCT_STEPS, init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST),
                 evals={name: dict(section, examples=400, batch=100) for name, section in dict(
                     questions=dict(kind="vqa", data=f"scenes:test/{TYPES}", options=dict(method="generate", beams=1)),
                     held_out=dict(kind="vqa", data=f"scenes:test/{NEW_TYPES}", options=dict(method="generate", beams=1)),
                     choice=dict(kind="choice", data="scenes:test/choice"), caption=dict(kind="caption", data="scenes:test/caption")).items()},
                 **{"data.instruction_length": 40, "data.train": f"scenes:train/caption+detail+{TYPES}+vqg"}), "stage_order": ("instruct",)}
-BLIND = stage("instruct", init=SECOND, **{"model.instruction_tokens": {}, "data.instruction_tokenizer": "", "data.instruction_length": 0})
+BLIND = stage("instruct", **{"model.instruction_tokens": {}, "data.instruction_tokenizer": "", "data.instruction_length": 0})
 SIZES = {"caption": 100_000, "colour": 10_000, "count": 2000, "existence": 600, "relation": 200}      # of a mixture's sources
 
 
@@ -245,23 +245,18 @@ def bootstrap(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[
     return found
 
 
-def bridge(made: pathlib.Path, seed: int, train: Callable[..., Any], last: str = "pretrain") -> dict[str, float] | None:
-    """The eye and the language model of BLIP-2's preset (made/towers, of seed 0), and its stages up to ``last`` (made/SEED). Scores: what the eye's own
-    decoder and the stages write."""
+def bridge(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float] | None:
+    """The eye and the language model of BLIP-2's preset (made/towers, of seed 0), and its first stage (made/SEED). Scores: what the eye's own decoder and the
+    first stage write and find."""
     found, places = {}, {"seed": seed, "made": made}
     scored = stage("pretrain", evals=evals("scenes:test", retrieval=dict(options=dict(captions="first")), caption={}))
-    own = set_fields(configs.from_file(BLIP2), {**SEEN, **scored}, seed, places, BLIP2)
-    for name in ("eye", "language", "pretrain", "generate")[:4 if last == "generate" else 3]:
-        towers = name in ("eye", "language")
-        run = train(configs.from_file(BLIP2) if towers else own, made / ("towers" if towers else str(seed)), stage=name)
+    towers, own = configs.from_file(BLIP2), set_fields(configs.from_file(BLIP2), {**SEEN, **scored}, seed, places, BLIP2)
+    for name, config, folder in (("eye", towers, "towers"), ("language", towers, "towers"), ("pretrain", own, str(seed))):
+        run = train(config, made / folder, stage=name)
         if not run.done:
             return None
         found |= {f"{name}/{score}": value for score, value in run.scores.items()}
     return found
-
-
-def spoken(made: pathlib.Path, seed: int, train: Callable[..., Any]) -> dict[str, float] | None:
-    return bridge(made, seed, train, "generate")
 
 
 MADE_FIRST = ("eye/caption/facts/exact", "pretrain/retrieval/text_to_image/R@1", "pretrain/caption/facts/exact")
@@ -368,13 +363,13 @@ CLAIMS: dict[str, Claim] = {
                      for other in ("language frozen", "full") for what, score in WRITTEN.items()}),
     "instruction_aware": Claim(
         sentence="Queries that read the instruction give better replies than queries that see the image alone.",
-        paper="InstructBLIP (arXiv 2305.06500), section 2.3 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge", shared=READ,
-        made=("generate/caption/facts/exact",), variants={"aware": {}, "blind": BLIND}, differences=replied("aware", "blind"),
+        paper="InstructBLIP (arXiv 2305.06500), section 2.3 and table 2", config=INSTRUCTBLIP, prepare=bridge, together="bridge", shared=READ,
+        made=MADE_FIRST, variants={"aware": {}, "blind": BLIND}, differences=replied("aware", "blind"),
         shown=("questions/accuracy/most_frequent", "held_out/accuracy/most_frequent")),
     "sampling": Claim(
         sentence="Shares by the roots of sizes teach more than equal shares and than shares by sizes.",
-        paper="InstructBLIP (arXiv 2305.06500), section 2.4 and table 2", config=INSTRUCTBLIP, prepare=spoken, together="bridge",
-        made=("generate/caption/facts/exact",),
+        paper="InstructBLIP (arXiv 2305.06500), section 2.4 and table 2", config=INSTRUCTBLIP, prepare=bridge, together="bridge",
+        made=MADE_FIRST,
         shared={**READ, **stage("instruct", **{"data.train": ";".join(f"scenes:train/{task}:{size}" for task, size in SIZES.items())})},
         variants={rule: stage("instruct", **{"data.mixture": rule}) for rule in ("sqrt", "uniform", "proportional")},
         differences={f"{what}, against {other}": sides for other in ("uniform", "proportional") for what, sides in replied("sqrt", other).items()}),
