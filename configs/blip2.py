@@ -74,12 +74,12 @@ def scenes(res):
                        optim=dict(MUON, muon_lr=0.04),
                        data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0), evals={}, steps=300, **saved)
 
-    own = dict(system="blip2", optim=dict(MUON, muon_lr=0.04), **saved)
+    own = dict(system="blip2", optim=dict(MUON, muon_lr=0.02), **saved)
     seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
     pretrain = c.stage(
         **own, model=dict(seen, qformer=dict(variant="mini", positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
         loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),),
-        data=data, steps=400,
+        data=data, steps=300,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
                    rerank=dict(RERANK, examples=300, options=dict(RERANK["options"], captions="first", k=16)), **captions))
 
