@@ -85,9 +85,10 @@ def scenes(res):
 
     def generate(tower, origin, layout):
         return c.stage(
-            **own, model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens), loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
+            **dict(own, optim=dict(MUON, muon_lr=0.04)), model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens),
+            loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
             init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"),
-            data=dict(data, **PROMPTED, layout=layout), steps=400, evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
+            data=dict(data, **PROMPTED, layout=layout), steps=800, evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
 
     first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain,
                  generate=generate(DECODER, "language", "joined"))
