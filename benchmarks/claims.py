@@ -154,7 +154,7 @@ BRIDGE = {"checkpoint.every": 10_000}
 FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 500, 500
 EYE, LANGUAGE, FIRST = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain"
 IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
-SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}, **{"optim.muon_lr": 0.04}),
+SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),
         **stage("generate", **BRIDGE, steps=SECOND_STEPS, init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), evals=evals("scenes:test", caption={}),
                 **{"data.prompt_length": 4})}
 WRITTEN = {"exact captions": "caption/facts/exact", "CIDEr-D": "caption/CIDEr-D"}

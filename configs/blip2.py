@@ -85,7 +85,7 @@ def scenes(res):
 
     def generate(tower, origin, layout):
         return c.stage(
-            **dict(own, optim=dict(MUON, muon_lr=0.04)), model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens),
+            **dict(own, optim=dict(MUON, muon_lr=0.005)), model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens),
             loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
             init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"),
             data=dict(data, **PROMPTED, layout=layout), steps=800, evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
