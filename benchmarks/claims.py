@@ -349,7 +349,7 @@ CLAIMS: dict[str, Claim] = {
         differences={what: (("stage1", score), ("none", score)) for what, score in WRITTEN.items()}),
     "queries": Claim(
         sentence="More queries tell the language model more of an image.",
-        paper="BLIP-2 (arXiv 2301.12597), section 3.1, which has 32", config=BLIP2, prepare=bridge, together="bridge",
+        paper="BLIP-2 (arXiv 2301.12597), section 3.1, which has 32", config=BLIP2, prepare=bridge, together="bridge", made=MADE_FIRST,
         shared={**SEEN, "stage_order": ("pretrain", "generate"), **stage("generate", init=(LANGUAGE_RULE, NEW_PROJECTION, "@pretrain"))},
         variants={str(count): {f"stages.{name}.model.qformer.queries": count for name in ("pretrain", "generate")} for count in QUERIES},
         differences={f"{what}, {a} queries against {b}": ((str(a), score), (str(b), score))
