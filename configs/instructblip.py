@@ -1,7 +1,8 @@
 """InstructBLIP: towards general-purpose vision-language models with instruction tuning (arXiv 2305.06500).
 
 python -m vlm_jax.main --config=configs/instructblip.py
-    The embedded preset on procedural scenes: both stages of configs/blip2.py, then the queries learn to read instructions of all kinds.
+    The embedded preset on procedural scenes: the first four stages of configs/blip2.py (the same --workdir goes on from them), then the queries learn to
+    read instructions of all kinds but comparisons and videos, which are evaluated too. Not measured on a quiet machine.
 python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,start=DIR,words=STAGE1,bert=vocab.txt,data=/data \\
     --config.stages.instruct.data.tokenizer=DIR/tokenizer
     A published size (vicuna7b vicuna13b flant5xl flant5xxl) by the paper's recipe on its 13 data sets, and its evaluations on the 13 that it never
@@ -93,7 +94,8 @@ def scenes(res):
         data=dict(generate["data"], train=f"scenes:train/{HELD_IN_TASKS}", eval="scenes:test/instruct", templates="task", prompt_length=48, length=32,
                   instruction_tokenizer="scenes_instruct", instruction_length=48),
         evals=dict(caption=dict(kind="caption", examples=300, data="scenes:test/caption"),
-                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"), choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
+                   questions=dict(asked, data="scenes:test/count+colour+relation+existence"),
+                   choice=dict(kind="choice", examples=300, data="scenes:test/choice"),
                    held_out=dict(asked, examples=300, data="scenes:test/comparison"), video=dict(asked, examples=200, data="scenes:test/video", images=4)))
     order = ("eye", "language", "pretrain", "generate")      # folders have the numbers that configs/blip2.py gives them
     return c.stages((*order, "instruct"), **{name: before[name] for name in order}, instruct=instruct)

@@ -22,8 +22,8 @@ def stage_of(family, layout=None, **data):
     """A language model of one layer over 40 ids, for rows of six ids behind prompts of four."""
     section = config("blip2").stages.language
     with section.ignore_type():
-        section.model = dict(language=dict(family=family, variant="mini", width=16, heads=2, layers=1, mlp_dim=16, **({"head_dim": 8} if family == "t5" else {})),
-                             tokens=dict(vocab=40, bos=1, eos=2, pad=0))
+        tower = dict(family=family, variant="mini", width=16, heads=2, layers=1, mlp_dim=16, **({"head_dim": 8} if family == "t5" else {}))
+        section.model = dict(language=tower, tokens=dict(vocab=40, bos=1, eos=2, pad=0))
         section.data.update(batch=4, tokenizer="", train="", eval="", layout=layout or LAYOUTS[family], prompt_length=4, length=6, learned="reply", **data)
     return stages.resolve(section, "language")
 
