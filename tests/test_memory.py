@@ -126,6 +126,6 @@ def test_a_forecast_beyond_the_device_is_said_before_the_first_step(monkeypatch)
 
 
 def test_options_of_the_forecast_on_gpus_are_known_to_xla():
-    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options={"xla_gpu_autotune_level": 0})
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=memory.GPU_OPTIONS)
     with pytest.raises(jax.errors.JaxRuntimeError):
         jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options={"xla_gpu_no_such_level": 0})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import partitioning
+from vlm_jax import partitioning, roofline
 from vlm_jax.nn import initializers
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.block import REMAT, Block, Stack
@@ -18,6 +18,7 @@ from vlm_jax.nn.linear import Linear, ProjectionHead
 from vlm_jax.nn.mlp import ACTIVATIONS, Mlp
 from vlm_jax.nn.norm import Norm
 from vlm_jax.nn.pool import AttentionPooler
+from vlm_jax.train.state import merge, unbox
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 SIZES = dict(width=16, heads=2, mlp_dim=24)
@@ -268,3 +269,31 @@ def test_errors_name_field_value_and_nearest(build, words):
     with pytest.raises((ValueError, TypeError)) as error:
         build()
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_fsdp_sends_weights_once_a_pass_and_gradients_in_pieces(remat):
+    """Of a stack: every weight is gathered for the forward and again for the backward pass, nothing as large as a weight is summed on all devices,
+    and values and gradients are those of one device."""
+    layers, width = 3, 64
+    stack = Stack(layers, dict(width=width, heads=2, mlp_dim=4 * width), remat)
+    x = draw(16, 4, width)
+    params, _, axes = unbox(jax.jit(stack.init)(jax.random.key(0), x))
+
+    def value(params, x):
+        return (stack.apply(merge(params, {}, {}), x)[0] ** 2).mean()
+
+    want = jax.jit(jax.value_and_grad(value))(params, x)
+    mesh = partitioning.make_mesh("fsdp")
+    with partitioning.use(mesh):
+        placed = {p: jax.device_put(v, partitioning.sharding(mesh, axes[p], v.shape)) for p, v in params.items()}
+        out = (None, {p: v.sharding for p, v in placed.items()})
+        program = jax.jit(jax.value_and_grad(value), out_shardings=out).lower(placed, partitioning.place({"x": x}, mesh)["x"]).compile()
+        found = program(placed, partitioning.place({"x": x}, mesh)["x"])
+    close(found[0], want[0])
+    jax.tree.map(close, dict(found[1]), dict(want[1]))
+    split = sum(v.nbytes for p, v in params.items() if "embed" in axes[p])
+    _, sent = roofline.read_program(program.as_text(), 8)
+    assert 2 * 7 / 8 * split <= sent["all-gather"].sent <= 2.3 * 7 / 8 * split
+    total = sum(c.sent for name, c in sent.items() if name != "all-gather")
+    assert total <= 2.3 * 7 / 8 * split      # the CPU sums whole gradients before it cuts them; nothing else moves

@@ -25,6 +25,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, wi
 WORKDIR = flags.DEFINE_string("workdir", "", "Work directory (default: runs/<config>[-<args>]).")
 STAGE = flags.DEFINE_string("stage", "", "Run this stage alone (default: the config's stages in order).")
 EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest checkpoint and stop.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the train step, say what it needs of a device, and stop.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "With --compile_only: chips that need not be there, such as v5p:4x4x4, or v5e:16x16*2 for two slices.")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "cpu", "gpu", "tpu"], "Where to run (default: the best that JAX finds).")
 
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (also where the environment tells of several).")
@@ -37,7 +39,12 @@ INSTALL = {"gpu": 'pip install -e ".[cuda]"', "tpu": 'pip install -e ".[tpu]"'}
 
 
 def default_workdir(argv: list[str]) -> str:
-    """runs/<config>[-<args>] from the --config flag as typed."""
+    """runs/<config>[-<args>]."""
+    return str(pathlib.Path("runs") / default_name(argv))
+
+
+def default_name(argv: list[str]) -> str:
+    """<config>[-<args>] from the --config flag as typed."""
     text = ""
     for i, arg in enumerate(argv):
         match = re.fullmatch(r"--?config(?:=(.*))?", arg)
@@ -45,7 +52,7 @@ def default_workdir(argv: list[str]) -> str:
             text = match.group(1) if match.group(1) is not None else argv[i + 1]
     path, _, args = text.partition(":")
     tail = "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", args) if args else ""
-    return str(pathlib.Path("runs") / (pathlib.Path(path).stem + tail))
+    return pathlib.Path(path).stem + tail
 
 
 def accelerator_present() -> str:
@@ -101,10 +108,21 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
+        if TOPOLOGY.value and not COMPILE_ONLY.value:
+            raise ConfigError(f"--topology={TOPOLOGY.value} has no use without --compile_only")
+        if TOPOLOGY.value:      # nothing here is used, least of all a chip that another program holds
+            os.environ["JAX_PLATFORMS"] = "cpu"
+            from vlm_jax import forecast
+            forecast.compile_only(config, TOPOLOGY.value, name=default_name(argv), only=STAGE.value)
+            return 0
         if PLATFORM.value:
             os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM.value, PLATFORM.value)
         join_processes()
         check_platform(PLATFORM.value)
+        if COMPILE_ONLY.value:
+            from vlm_jax import forecast
+            forecast.compile_only(config, name=default_name(argv), only=STAGE.value)
+            return 0
         from vlm_jax import run
         return run.run(config, WORKDIR.value or default_workdir(argv), only=STAGE.value, eval_only=EVAL_ONLY.value)
     except ConfigError as error:

@@ -18,13 +18,15 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import partitioning
+from vlm_jax import partitioning, roofline
 from vlm_jax.console import amount
 from vlm_jax.errors import ConfigError
 from vlm_jax.stage import Stage, make_optimizer, resolve
 from vlm_jax.train import init
 from vlm_jax.train.step import make_train_step
 
+# GPUs would time kernels on the device, which has no room left, or is not there; Triton's products cannot do without.
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 MAX_SECONDS = 300.0     # of compiling; then what is known has to do
 
 
@@ -50,7 +52,11 @@ def forecast(program: Any) -> int | None:
 
 
 def limit_of(mesh: Any) -> int | None:
-    """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs)."""
+    """Bytes that JAX may use on a device of ``mesh``; None where it does not tell (CPUs). Of chips that are not there, what their compiler takes."""
+    if mesh.devices.flat[0] not in jax.devices():
+        chip = roofline.chip_of(mesh)
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if mesh.devices.flat[0].platform == "gpu" else 1
+        return None if chip is None else int(chip.memory * share)
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -74,32 +80,45 @@ def advising(stage: Stage, mesh: Any) -> Iterator[None]:
         raise ConfigError(explain(stage, mesh, limit, advise(stage, mesh, limit), str(error))) from error
 
 
-def compile_step(stage: Stage, mesh: Any) -> Any:
-    """The train step of ``stage`` compiled for shapes alone: no array of the state exists. Raises ValueError."""
+def trace_step(stage: Stage, mesh: Any) -> Any:
+    """The train step of ``stage`` traced for shapes alone (a ``jax.stages.Traced``): the devices of ``mesh`` need not be there. Raises ValueError."""
     partitioning.check_rows(stage.data.batch, mesh)
     ema = stage.config.optim.get("ema", 0.0)
-    # GPUs would time kernels on the device, which has no room left.
-    options = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else None
+    tx, _ = make_optimizer(stage)
+    step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
+    state = init.abstract(stage.system, stage.plan, tx, mesh, ema)      # before the mesh is in force: it may be absent, and cannot compute
     with partitioning.use(mesh):
-        tx, _ = make_optimizer(stage)
-        step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
-        state = init.abstract(stage.system, stage.plan, tx, mesh, ema)
-        return step.lower(state, partitioning.abstract(stage.step_spec, mesh)).compile(compiler_options=options)
+        return step.trace(state, partitioning.abstract(stage.step_spec, mesh))
+
+
+def compile_step(stage: Stage, mesh: Any) -> Any:
+    """``trace_step``, compiled: no array of the state exists. Raises ValueError."""
+    return compiled(trace_step(stage, mesh), mesh)
+
+
+def compiled(traced: Any, mesh: Any) -> Any:
+    return traced.lower().compile(compiler_options=GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None)
+
+
+def changed(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> tuple[Stage, Any]:
+    """``stage`` and its mesh with ``changes`` (field -> value). Raises ValueError where the system or the mesh refuses them."""
+    if not changes:
+        return stage, mesh
+    config = ConfigDict(configs.to_plain(stage.config))
+    for field, value in changes.items():
+        *sections, key = field.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    if "rules" in changes:
+        mesh = partitioning.make_mesh(changes["rules"], devices=list(mesh.devices.flat))
+    return resolve(config, stage.name, stage.tokenizer), mesh
 
 
 def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:
     """Compiles ``stage`` with ``changes``. Raises ValueError where the system or the mesh refuses them."""
-    if changes:
-        config = ConfigDict(configs.to_plain(stage.config))
-        for field, value in changes.items():
-            *sections, key = field.split(".")
-            section = config
-            for name in sections:
-                section = section[name]
-            section[key] = value
-        if "rules" in changes:
-            mesh = partitioning.make_mesh(changes["rules"], devices=list(mesh.devices.flat))
-        stage = resolve(config, stage.name, stage.tokenizer)
+    stage, mesh = changed(stage, mesh, changes)
     try:
         return Trial(changes, forecast(compile_step(stage, mesh)))
     except jax.errors.JaxRuntimeError as error:
@@ -108,15 +127,16 @@ def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:
         return Trial(changes, None)
 
 
-def advise(stage: Stage, mesh: Any, limit: int | None) -> list[Trial]:
-    """The config as it is and, unless it fits, candidates, each compiled: at most six, and none after ``MAX_SECONDS``.
+def advise(stage: Stage, mesh: Any, limit: int | None, current: Trial | None = None) -> list[Trial]:
+    """The config as it is (``current``, where that was compiled already) and, unless it fits, candidates, each compiled: at most six, and none
+    after ``MAX_SECONDS``.
 
     First each kind of change by itself: half the rows in a pass through the towers (``data.microbatch``), activations
     computed again (``remat``), other ``rules`` where there are several devices. Where none fits ``limit``, a micro-batch of
     the size that the first two programs suggest, and then everything together.
     """
     began = time.monotonic()
-    trials = [trial(stage, mesh, {})]
+    trials = [current or trial(stage, mesh, {})]
 
     def attempt(changes: Mapping[str, Any]) -> None:
         if changes and all(changes != t.changes for t in trials) and time.monotonic() - began < MAX_SECONDS:
@@ -161,13 +181,15 @@ def takes_remat(stage: Stage, name: str, tower: Any) -> bool:
         return False
 
 
+def flags(stage: Stage, changes: Mapping[str, Any]) -> str:
+    """``changes`` as main takes them."""
+    known = configs.flatten(stage.config)
+    return " ".join(f"--config.stages.{stage.name}.{field}={value}" if field in known
+                    else f"{field}={value!r} (in the config file)" for field, value in changes.items())
+
+
 def explain(stage: Stage, mesh: Any, limit: int | None, trials: list[Trial], reason: str) -> str:
     """The message for what ``advise`` found; ``reason`` is XLA's."""
-    def flags(t: Trial) -> str:
-        known = configs.flatten(stage.config)
-        return " ".join(f"--config.stages.{stage.name}.{field}={value}" if field in known
-                        else f"{field}={value!r} (in the config file)" for field, value in t.changes.items())
-
     def size(t: Trial) -> str:
         return "too much for the compiler" if t.size is None else amount(t.size, "B")
 
@@ -180,10 +202,10 @@ def explain(stage: Stage, mesh: Any, limit: int | None, trials: list[Trial], rea
     fitting = [t for t in others if t.fits(limit)]
     listed = [t for t in others if t not in fitting]
     if fitting:
-        lines += ["These fit, by their compiled programs:", *(f"  {size(t)}: {flags(t)}" for t in fitting)]
+        lines += ["These fit, by their compiled programs:", *(f"  {size(t)}: {flags(stage, t.changes)}" for t in fitting)]
     if listed:
         lines += ["Their programs need (the limit is not known):" if limit is None else "Tried, and too large:",
-                  *(f"  {size(t)}: {flags(t)}" for t in listed)]
+                  *(f"  {size(t)}: {flags(stage, t.changes)}" for t in listed)]
     if others and not fitting and limit is not None:
         lines.append("Nothing tried fits: take a smaller data.batch, a smaller model, optim.name=adafactor, or more devices.")
     if device.platform == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:

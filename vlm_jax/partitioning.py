@@ -18,6 +18,7 @@ Losses and modules speak of global arrays; ``ring`` is the one way into per-devi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,19 +43,17 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",), "act_vocab": ("tensor",), "none": (),
 }
 BATCH_AXES = AXES["batch"]
+COPY = 128      # devices that share one copy of the weights, at most: most widths are multiples of it, and what does not divide lies whole on each
 
 
-def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
-              devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh of a rule set. A size of 0 is chosen: tensor 2 where it divides, the rest last.
+def mesh_sizes(rules: str, count: int, slices: int = 1, data: int = 0, fsdp: int = 0, tensor: int = 0) -> dict[str, int]:
+    """The sizes of the mesh axes over ``count`` devices in so many slices. A size of 0 is chosen: tensor 2 where it divides, fsdp at most ``COPY``.
 
-    Raises ValueError when an axis is asked for that the rules do not use, or sizes do not
-    multiply to the number of devices.
+    Raises ValueError when an axis is asked for that the rules do not use, or sizes do not multiply to the number of devices.
     """
     if rules not in RULES:
         raise ValueError(f"rules={rules!r} is not a rule set{nearest(rules, tuple(RULES))}")
-    devices = list(jax.devices() if devices is None else devices)
-    count, sizes = len(devices), {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for axis in MESH_AXES:
         if axis not in RULES[rules]:
             if sizes[axis] > 1:
@@ -67,16 +66,32 @@ def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
             sizes["tensor"] = max(1, count // fixed)
         else:
             sizes["tensor"] = 2 if (count // fixed) % 2 == 0 and count >= 2 * fixed else 1
-    last = "data" if rules == "dp" else "fsdp"
-    if rules != "dp" and not sizes["data"]:
-        sizes["data"] = max(1, count // (sizes["fsdp"] * sizes["tensor"])) if sizes["fsdp"] else 1
+    if rules != "dp" and not sizes["data"] and not sizes["fsdp"]:
+        each = max(1, count // (slices * sizes["tensor"]))
+        sizes["fsdp"] = max(n for n in range(1, min(COPY, each) + 1) if each % n == 0)
+    last = "fsdp" if sizes["data"] else "data"
     if not sizes[last]:
         sizes[last] = max(1, count // math.prod(max(1, s) for a, s in sizes.items() if a != last))
     if math.prod(sizes.values()) != count:
         raise ValueError(f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} x tensor={sizes['tensor']} = "
                          f"{math.prod(sizes.values())} does not cover the {count} devices present")
-    shape = tuple(sizes[a] for a in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(f"mesh.data={sizes['data']} does not divide over {slices} slices; nearest: {max(1, sizes['data'] // slices) * slices}")
+    return sizes
+
+
+def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a rule set, with sizes as ``mesh_sizes`` has them. Raises ValueError."""
+    devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    sizes = mesh_sizes(rules, len(devices), slices, data, fsdp, tensor)
+    shape, types = tuple(sizes[a] for a in MESH_AXES), (AxisType.Auto,) * 3
+    if slices > 1:      # what crosses from slice to slice is the slowest: sums over "data" alone
+        from jax.experimental import mesh_utils
+        inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), MESH_AXES, axis_types=types)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
 
 
 def use(mesh: Mesh):
@@ -115,6 +130,28 @@ def shard(x: jax.Array, *axes: str) -> jax.Array:
     if not sizes or math.prod(sizes.values()) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes))
+
+
+def gather(weight: jax.Array, *axes: str) -> jax.Array:
+    """A weight, already in the dtype of the product, as the product reads it: whole along what "fsdp" splits, and its gradient split again.
+
+    Left to itself, XLA may keep the pieces and send activations or float32 sums instead, several times as much. The identity where "fsdp" is 1.
+    """
+    sizes = current_sizes()
+    if sizes.get("fsdp", 1) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return weight
+    held, read = spec(axes, weight.shape, sizes), spec(axes, weight.shape, {**sizes, "fsdp": 1})
+    return weight if held == read else _gather(weight, held, read)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, held: PartitionSpec, read: PartitionSpec) -> jax.Array:
+    pieces = jax.lax.with_sharding_constraint(weight, held)      # said too, or what is kept for the backward pass may be whole
+    return jax.lax.with_sharding_constraint(pieces, read)
+
+
+_gather.defvjp(lambda weight, held, read: (_gather.__wrapped__(weight, held, read), None),
+               lambda held, read, _, gradient: (jax.lax.with_sharding_constraint(gradient, held),))
 
 
 def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:

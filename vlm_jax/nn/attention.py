@@ -19,7 +19,7 @@ from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import LowRank, low_rank
 from vlm_jax.nn.narrow import widen
-from vlm_jax.partitioning import current_sizes, shard, spec
+from vlm_jax.partitioning import current_sizes, gather, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
 
@@ -323,7 +323,7 @@ class Attention(nn.Module):
     def merge(self, x: jax.Array) -> jax.Array:
         """[b, q, h, d] -> [b, q, out_width]."""
         kernel, bias, adapter = self.out()
-        y = x.reshape(-1, kernel.shape[0] * kernel.shape[1]) @ kernel.reshape(-1, kernel.shape[-1])
+        y = x.reshape(-1, kernel.shape[0] * kernel.shape[1]) @ gather(kernel.reshape(-1, kernel.shape[-1]), "heads", "embed")
         y = y if adapter is None else y + adapter(x.reshape(-1, *x.shape[2:]))
         y = y if bias is None else y + bias
         return y.reshape(*x.shape[:2], -1)
@@ -332,7 +332,8 @@ class Attention(nn.Module):
 def into_heads(x: jax.Array, maps: list[Map]) -> list[jax.Array]:
     """[b, l, in] -> [b, l, h, d] for each map: one product with all their kernels. They are joined along an axis
     of their own, so that heads may lie on different devices."""
-    rows, kernel = x.reshape(-1, x.shape[-1]), jnp.stack([m.kernel for m in maps], 1)      # [in, n, h, d]
+    rows = x.reshape(-1, x.shape[-1])
+    kernel = gather(jnp.stack([m.kernel for m in maps], 1), "embed", "none", "heads", "head_dim")      # [in, n, h, d]
     y = jnp.einsum("ti,inhd->tnhd", rows, kernel)
     biases = [m.bias for m in maps]
     if any(b is not None for b in biases):

@@ -16,17 +16,32 @@ from vlm_jax.nn.attention import Attention, Rotary
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
-from vlm_jax.partitioning import shard
+from vlm_jax.partitioning import current_sizes, shard
 
 CROSS = ("none", "single", "plain", "double")
 
+
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a value is kept: all but weights that ``partitioning.gather`` made whole, whose pieces are kept."""
+    return primitive.name != "sharding_constraint"
+
+
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT = {
-    "none": None,                                                                    # keep everything
+    "none": _all_but_weights,                                                        # keep everything
     "full": jax.checkpoint_policies.nothing_saveable,                                # keep the block's input only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,                # keep dense products, not attention scores
     "outputs": jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_out"), # keep what enters the residual stream
 }
+
+
+def recomputed(block: Any, remat: str, **options: Any) -> Any:
+    """``block``, a module class, under a policy of ``REMAT``. Raises ValueError for another name."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not a policy{nearest(remat, tuple(REMAT))}")
+    if remat == "none" and current_sizes().get("fsdp", 1) == 1:
+        return block
+    return nn.remat(block, policy=REMAT[remat], prevent_cse=False, **options)
 
 
 class Block(nn.Module):
@@ -129,10 +144,7 @@ class Stack(nn.Module):
     drop_path: float = 0.0
 
     def setup(self):
-        if self.remat not in REMAT:
-            raise ValueError(f"remat={self.remat!r} is not a policy{nearest(self.remat, tuple(REMAT))}")
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-        scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.layers,
+        scanned = nn.scan(recomputed(Block, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.layers,
                           in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast), out_axes=0,
                           metadata_params={nn.PARTITION_NAME: "layers"})
         self.blocks = scanned(depth=self.layers, dtype=self.dtype, **self.block)
@@ -272,18 +284,14 @@ class PairBlock(nn.Module):
 
 def pair_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
     """``layers`` equal pairs of blocks under ``lax.scan``."""
-    block = PairBlock if remat == "none" else nn.remat(PairBlock, policy=REMAT[remat], prevent_cse=False)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers, in_axes=(nn.broadcast, nn.broadcast),
-                   out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"})(block=fields)
+    return nn.scan(recomputed(PairBlock, remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
+                   in_axes=(nn.broadcast, nn.broadcast), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"})(block=fields)
 
 
 def post_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
     """``layers`` equal post-norm blocks under ``lax.scan``, with the methods of ``PostBlock``."""
-    if remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is not a policy{nearest(remat, tuple(REMAT))}")
     methods = ["__call__", "decode"]
-    block = PostBlock if remat == "none" else nn.remat(PostBlock, policy=REMAT[remat], prevent_cse=False, methods=methods)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
+    return nn.scan(recomputed(PostBlock, remat, methods=methods), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
                    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast), out_axes=0,
                    metadata_params={nn.PARTITION_NAME: "layers"}, methods=methods)(**fields)
 

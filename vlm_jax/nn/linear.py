@@ -13,6 +13,7 @@ from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import low_rank
 from vlm_jax.nn.narrow import widen
 from vlm_jax.nn.norm import Norm
+from vlm_jax.partitioning import gather
 
 
 class Linear(nn.Module):
@@ -32,7 +33,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes),
                             (x.shape[-1], self.features), jnp.float32)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = rows @ widen(self, kernel, self.dtype)
+        y = rows @ gather(widen(self, kernel, self.dtype), *self.axes)
         if (adapter := low_rank(self)) is not None:
             y = y + adapter(rows)
         if self.use_bias:
@@ -68,5 +69,5 @@ class ProjectionHead(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(width ** -0.5),
                                                                    ("embed", "joint")), (width, self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = x @ widen(self, kernel, self.dtype)
+        y = x @ gather(widen(self, kernel, self.dtype), "embed", "joint")
         return y if (adapter := low_rank(self)) is None else y + adapter(x.reshape(-1, width)).reshape(y.shape)

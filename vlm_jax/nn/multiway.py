@@ -24,9 +24,10 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.attention import Projection, attend, attention_weights, into_heads, weigh, write
-from vlm_jax.nn.block import REMAT
+from vlm_jax.nn.block import recomputed
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
+from vlm_jax.partitioning import gather
 
 SPLIT = ("shared", "split")      # one for all, or each expert's own
 ALL = "all"      # what is one for all
@@ -120,7 +121,7 @@ class Projections(nn.Module):
         rows = x.reshape(*x.shape[:2], -1)
         rows = self.norm(rows) if self.sub_norm else rows
         rows = rows.reshape(-1, rows.shape[-1])
-        y = rows @ kernel.reshape(-1, kernel.shape[-1]) + bias
+        y = rows @ gather(kernel.reshape(-1, kernel.shape[-1]), "heads", "embed") + bias
         y = y if adapter is None else y + adapter(rows.reshape(-1, *x.shape[2:]))
         return y.reshape(*x.shape[:2], -1)
 
@@ -228,8 +229,5 @@ def multiway_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module
 
     it returns (x, cache).
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is not a policy{nearest(remat, tuple(REMAT))}")
-    block = MultiwayBlock if remat == "none" else nn.remat(MultiwayBlock, policy=REMAT[remat], prevent_cse=False)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
+    return nn.scan(recomputed(MultiwayBlock, remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
                    in_axes=(nn.broadcast, nn.broadcast, 0, 0, nn.broadcast, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"})(**fields)
