@@ -142,5 +142,5 @@ def on_one_card(size, memory, tune, start, bert):
         model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
         return c.stage(**dict(own, model=model, data=data, evals=evals, init=start or "@instruct"))
 
-    return c.stages(("caption",), instruct=base, caption=stage("caption", CAPTION["template"], 32, caption=dict(CAPTION, every="1epoch", batch=8)),
-                    vqa=stage("vqa", ANSWER["template"], 12, vqa=dict(ANSWER, every="1epoch", batch=8)))
+    return c.stages(("caption",), instruct=base, caption=stage("caption", CAPTION["template"], 32, caption=dict(CAPTION, every="1epoch", batch=2)),
+                    vqa=stage("vqa", ANSWER["template"], 12, vqa=dict(ANSWER, every="1epoch", batch=2)))
