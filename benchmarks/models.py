@@ -70,8 +70,10 @@ def our_train_step(name: str, batch: str, quick: bool, **tower: int) -> tuple[Ca
     return trainer_step(our_config(name, len(arrays["image"]), quick, **tower), arrays)
 
 
-def trainer_step(config: Any, arrays: Mapping[str, np.ndarray]) -> tuple[Callable[[], None], dict[str, Any]]:
-    """(the step as ``vlm_jax.run`` makes it, on a batch that it places anew each time; what is told of it) of a stage's config."""
+def trainer_step(config: Any, arrays: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray] | None = None
+                 ) -> tuple[Callable[[], None], dict[str, Any]]:
+    """(the step as ``vlm_jax.run`` makes it, on a batch that it places anew each time; what is told of it) of a stage's config. given: weights by path,
+    for fresh ones; what is told then has the loss of the batch without dropout, and counts what trains."""
     import jax
 
     from vlm_jax import partitioning
@@ -84,8 +86,10 @@ def trainer_step(config: Any, arrays: Mapping[str, np.ndarray]) -> tuple[Callabl
     mesh, key = partitioning.make_mesh(devices=jax.devices()[:1]), jax.random.key(0)
     with partitioning.use(mesh):
         tx, _ = make_optimizer(stage)
-        state = init.create(stage.system, stage.plan, tx, mesh, key, stage.spec, {})
+        state = init.create(stage.system, stage.plan, tx, mesh, key, stage.spec, given or {})
         step_fn = compiled_by_shape(make_train_step(stage.system, tx, key), 0)
+        first = {} if given is None else {"loss": loss_without_dropout(stage.system, state, partitioning.place(arrays, mesh)),
+                                          "parameters": stage.plan.count(trained=True)}
 
     def step() -> None:
         nonlocal state
@@ -93,7 +97,20 @@ def trainer_step(config: Any, arrays: Mapping[str, np.ndarray]) -> tuple[Callabl
             state, metrics = step_fn(state, partitioning.place(arrays, mesh))
             jax.block_until_ready((state, metrics))
 
-    return step, {"parameters": stage.plan.count(), "text": list(arrays["text"].shape)}
+    return step, {"parameters": stage.plan.count(), "text": list(arrays["text"].shape), **first}
+
+
+def loss_without_dropout(system: Any, state: Any, batch: Mapping[str, Any]) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    from vlm_jax.system import Context
+    from vlm_jax.train.state import merge
+
+    def loss(state, batch):
+        return system.loss(merge(state.params, state.frozen, state.moving), state.carry, batch, Context(jax.random.key(0), jnp.int32(0), train=False))[0]
+
+    return float(jax.jit(loss)(state, batch))
 
 
 # ---- theirs ------------------------------------------------------------------------------------

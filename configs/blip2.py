@@ -15,6 +15,13 @@ python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,eye=EYE --stage=caption
     Captions (caption) and questions (vqa) after generate, image-text retrieval (retrieval) after pretrain, at 364 pixels with the eye
     unfrozen. DIR: a stage, or a LAVIS file imported with --release=blip2 --src=blip2_pretrained_opt2.7b.pth --image=eva_vit_g.pth
     --language=OPT_FROM_THE_HUB.
+python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,finetune,24gb,start=DIR \\
+    --config.stages.caption.data.train=folder:photos --config.stages.caption.data.eval=folder:photos_val
+python -m vlm_jax.main --config=configs/blip2.py:flant5xl,finetune,16gb,tune=lora,start=DIR --stage=vqa \\
+    --config.stages.vqa.data.train='tars:/data/{00..09}.tar' --config.stages.vqa.data.eval=tars:/data/10.tar
+    Captions or answers of one's own from a second stage (DIR), on one card of 24 GB (eye and language model in bfloat16) or of 16 GB (in int8); the Q-Former
+    trains, or with tune=lora adapters in the language model. What the eye makes of an image is computed once: 0.72 MB of disk for each. Memory by the
+    compiler, and what does not fit: docs/results.md, "Fine-tuning on one card". XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives JAX the card.
 """
 
 from vlm_jax import config as c
@@ -32,13 +39,20 @@ LANGUAGES = {"opt2.7b": (dict(family="opt", variant="2.7b", dropout=0.1), OPT_TO
 CROPS = "random_resized_crop(scale=0.5..1)|flip"      # lavis/processors/blip_processors.py: blip2_image_train
 EYE_FROZEN, BOTH_FROZEN, LANGUAGE_FROZEN = (r"(?!image/).*",), (r"(?!(image|language)/).*",), (r"(?!language/).*",)
 RERANK = dict(kind="rerank", options=dict(k=128, score="match+cosine"))      # lavis/projects/blip2/eval/ret_coco_eval.yaml
+# Of what is frozen in fine-tuning on a card, and how many of a batch's 64 rows pass at once (docs/results.md, "Fine-tuning on one card")
+FROZEN = {"24gb": "bfloat16", "16gb": "int8"}
+ROWS = {"opt2.7b": {"24gb": 64, "16gb": 64}, "flant5xl": {"24gb": 64, "16gb": 64}}
+PROMPTS = {"opt": "Question: {q} Answer:", "t5": "Question: {q} Short answer:"}      # section 4.1
 # lavis/projects/blip2/eval/caption_coco_*.yaml, and what the captioning task passes where the yaml is silent
 BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty=0.0, repetition_penalty=1.15)
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *LANGUAGES), vit=tuple(EYES), res=0, eye="", bert="", language="")
-    if args.size == "scenes":
+    args = c.parse_arg(arg, size=("", "scenes", *LANGUAGES), job=("", "finetune"), memory=tuple(FROZEN), tune=("qformer", "lora"), vit=tuple(EYES), res=0,
+                       eye="", bert="", language="", start="")
+    if args.job == "finetune":
+        return on_one_card(args.size or "opt2.7b", args.memory, args.tune, args.start)
+    if args.size in ("", "scenes"):
         order, named = scenes(args.res or 48)
         return c.stages(order, **named)
     resize = EYES[args.vit][2]
@@ -180,3 +194,31 @@ def retrieval(start, res, init):
     """Images with several captions: texts of one image are positives of it. 14 images on each of 16 GPUs."""
     return tuned(start, res, init, 224, 5, trainable=(".*",), loss=dict(start["loss"], targets="images"), data=dict(length=35),
                  evals=dict(retrieval=dict(kind="retrieval", every="1epoch"), rerank=dict(RERANK, every=0)))
+
+
+# ---- on one card
+
+def on_one_card(size, memory, tune, start):
+    """Captions and questions of one's own, from the second stage in ``start``. No paper's recipe: 64 pairs a step, five times each, rates as in section 3.4 of
+    a tenth for the Q-Former, as in fine-tuning, and usual ones for adapters."""
+    if size not in ROWS:
+        raise c.ConfigError(f"config argument {size!r} has no recipe for one card; nearest: {', '.join(ROWS)}, or configs/instructblip.py:vicuna7b,finetune")
+    base = generate_of("eva_g14", size, 224, "")
+    family = base["model"]["language"]["family"]
+    lora = tune == "lora"
+    shared = dict(
+        base, frozen_dtype=FROZEN[memory], init=start or "@generate", trainable=(r"language/.*/lora_[ab]",) if lora else BOTH_FROZEN,
+        lora=dict(rank=16, alpha=32.0, targets=(r"language/.*/(query|key|value|out)/kernel",)) if lora else {},
+        optim=dict(base["optim"], lr=5e-4 if lora else 1e-5, b2=0.999, warmup="5%", end_lr=0.0, weight_decay=0.0 if lora else 0.05), rules="dp",
+        loss=dict(weights=dict(lm=1.0)), steps="5epochs", checkpoint=dict(every="1epoch", keep=2))
+    model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
+    rows = ROWS[size][memory]
+    data = dict(base["data"], batch=64, microbatch=rows if rows < 64 else 0, augment="squash", cache_features="features", threads=4, block=1, window=1,
+                tokenizer=f"{start}/tokenizer" if start else "")
+    captions, answers = dict(kind="caption", options=BEAMS, every="1epoch", batch=8), dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch", batch=8)
+    asked = dict(text_clean="blip_question", layout="apart" if family == "t5" else "joined", templates=(PROMPTS[family],), prompt_length=32, length=12)
+    return c.stages(
+        ("caption",), generate=base,
+        caption=c.stage(**dict(shared, model=dict(model, prompt="a photo of"), data=data, evals=dict(caption=captions), select=dict(metric="caption/CIDEr-D"))),
+        vqa=c.stage(**dict(shared, model=model, data=dict(data, **asked), evals=dict(vqa=dict(answers, template=PROMPTS[family])),
+                           select=dict(metric="vqa/accuracy"))))

@@ -15,6 +15,9 @@ python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,language=VICUNA
 python -m vlm_jax.importers.cli --release=blip2 --src=instruct_blip_vicuna7b_trimmed.pth --image=eva_vit_g.pth --language=VICUNA_V1.1 --out=DIR
 python -m vlm_jax.importers.cli --release=hf_blip2 --src=hf:Salesforce/instructblip-vicuna-7b --out=DIR --dtype=bfloat16
     The released weights; --export=hf_blip2 writes what transformers opens.
+python -m vlm_jax.main --config=configs/instructblip.py:vicuna7b,finetune,24gb,start=DIR --stage=caption \\
+    --config.stages.caption.data.train=folder:photos --config.stages.caption.data.eval=folder:photos_val
+    Captions (caption) or answers (vqa) of one's own, on one card of 24 GB or 16 GB, as in configs/blip2.py.
 """
 
 from vlm_jax import config as c
@@ -35,6 +38,7 @@ HELD_IN = (("coco_caption", "coco"), ("capfilt", "capfilt"), ("textcaps", "textc
 # how far: those two factors are ours.
 VQA_BY_IMAGES = (82 / 444) ** 0.5
 FACTORS = dict(vqav2=VQA_BY_IMAGES, vqg_vqav2=VQA_BY_IMAGES, aokvqa=0.5, okvqa=2.0)
+ROWS = {"vicuna7b": {"24gb": 16, "16gb": 64}}      # as in configs/blip2.py
 # What a caption is asked for, and how it and answers are written: lavis/projects/instructblip and its tasks
 CAPTION = dict(kind="caption", template="A short image caption.", options=dict(
     method="beam", beams=5, max_length=80, min_length=10, length_penalty=1.0, repetition_penalty=1.15))
@@ -67,8 +71,11 @@ def held_in(root):
 
 
 def get_config(arg=""):
-    args = c.parse_arg(arg, size=("scenes", *BATCHES), res=0, start="", words="", bert="", data="", language="")
-    if args.size == "scenes":
+    args = c.parse_arg(arg, size=("", "scenes", *BATCHES), job=("", "finetune"), memory=("24gb", "16gb"), tune=("qformer", "lora"), res=0, start="", words="",
+                       bert="", data="", language="")
+    if args.job == "finetune":
+        return on_one_card(args.size or "vicuna7b", args.memory, args.tune, args.start, args.bert)
+    if args.size in ("", "scenes"):
         return scenes(args.res or 48)
     if args.language and (args.start or args.size not in VICUNA):
         raise c.ConfigError(f"language={args.language!r} is for Vicuna's second stage, where start= names none; nearest: start={args.start or 'DIR'}")
@@ -141,3 +148,25 @@ def instruct(size, res, start, words, bert, root):
         init=from_blip2(start, words, vicuna) if start else (),
         optim=dict(base["optim"], lr=1e-5, b1=0.9, b2=0.999, warmup=1000, start_lr=1e-8, end_lr=0.0), checkpoint=dict(every=3000, keep=2),
         select=dict(metric="vqav2/accuracy") if root else {})})
+
+
+# ---- on one card
+
+def on_one_card(size, memory, tune, start, bert):
+    """The recipes of configs/blip2.py with queries that read what is asked. The Q-Former's words are those of bert-base-uncased, or lie in ``start``."""
+    if size not in ROWS:
+        raise c.ConfigError(f"config argument {size!r} has no recipe for one card here; nearest: {', '.join(ROWS)}, or configs/blip2.py:flant5xl,finetune")
+    base = instruct(size, 224, "", "", bert, "")
+    found = c.from_file(f"configs/blip2.py:opt2.7b,finetune,{memory},tune={tune},start={start}").stages.to_dict()
+    words = f"bert:{bert}" if bert else f"{start}/instruction_tokenizer" if start else ""
+    rows = ROWS[size][memory]
+
+    def stage(name, template, reply, **evals):
+        own = found[name]
+        data = dict(own["data"], layout="joined", templates=(template,), prompt_length=32, length=reply, instruction_tokenizer=words,
+                    instruction_length=32 if words else 0, text_clean="", marks=VICUNA_MARKS, microbatch=rows if rows < own["data"]["batch"] else 0)
+        model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
+        return c.stage(**dict(own, model=model, data=data, evals=evals, init=start or "@instruct"))
+
+    return c.stages(("caption",), instruct=base, caption=stage("caption", CAPTION["template"], 32, caption=dict(CAPTION, every="1epoch", batch=2)),
+                    vqa=stage("vqa", ANSWER["template"], 12, vqa=dict(ANSWER, every="1epoch", batch=2)))

@@ -3,18 +3,19 @@
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import types
 
 import numpy as np
 import pytest
 
-from benchmarks import data_pipeline, emoji, fusion_step, generate, models, multiway_step, paired, retrieval_cost, startup, train_step
+from benchmarks import data_pipeline, emoji, fusion_step, generate, models, multiway_step, paired, query_step, retrieval_cost, startup, train_step
 from vlm_jax.data.batch import validate
 from vlm_jax.stage import resolve
 
 COMMANDS = {"train_step": train_step, "data_pipeline": data_pipeline, "generate": generate, "startup": startup, "emoji": emoji,
-            "fusion_step": fusion_step, "multiway_step": multiway_step}
+            "fusion_step": fusion_step, "multiway_step": multiway_step, "query_step": query_step}
 
 
 # ---- turns and statistics ----------------------------------------------------------------------
@@ -183,6 +184,21 @@ def test_the_models_with_experts_have_their_published_counts_and_equal_batches()
     assert (batch["masked_patches"].sum(1) == 75).all() and (batch["masked_at"].sum(1) == 32).all()
     only = multiway_step.our_config("vlmo", 3, True, "itm")
     assert set(only.loss.weights) == {"itm"}
+
+
+def test_the_query_models_are_theirs_and_read_the_same_batch(tmp_path):
+    for part, stored, name in (("queries", "hf_blip2_retrieval", "pretrain"), ("language", "hf_blip2_opt", "generate")):
+        folder = shutil.copytree(pathlib.Path(__file__).parent / "parity/official_outputs" / stored, tmp_path / part)
+        found, weights = query_step.imported(str(folder))
+        stage = resolve(query_step.our_config(part, found, 4), name)
+        assert {p for p in stage.plan.shapes if p in weights} >= set(weights) - {"temp"} and stage.system.model.qformer.remat == "none"
+        batch = query_step.make_batch(part, 4, True)
+        validate({k: v for k, v in batch.items() if k != "tokens"})
+        assert batch["text"].shape == stage.spec["text"].shape and batch["text_mask"].sum(1).tolist() == models.caption_lengths(4).tolist()
+    query_step.same(dict(parameters=3, loss=2.0), dict(parameters=3, loss=2.0001))
+    for other in (dict(parameters=4, loss=2.0), dict(parameters=3, loss=2.001)):
+        with pytest.raises(SystemExit, match="the models differ"):
+            query_step.same(other, dict(parameters=3, loss=2.0))
 
 
 def test_a_caption_that_ends_early_is_an_error():

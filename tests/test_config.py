@@ -18,6 +18,8 @@ def test_arguments_are_declared_and_typed():
     assert (arg.size, arg.res) == ("base", 288)
     assert c.parse_arg("", size=("small", "base"), res=224).size == "small"
     assert c.parse_arg("res=96", size=("small", "base"), res=224).res == 96
+    arg = c.parse_arg("tuned,24gb", size=("", "base"), job=("", "tuned"), memory=("16gb", "24gb"))     # a choice says itself what it is of
+    assert (arg.size, arg.job, arg.memory) == ("", "tuned", "24gb")
 
 
 @pytest.mark.parametrize("text, names", [("bas", "'base'"), ("base,rez=3", "'res'"), ("size=huge", "choice"), ("res=big", "int")])

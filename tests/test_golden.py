@@ -13,7 +13,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = [("clip", ""), ("clip", "small"), ("clip", "b32"), ("clip", "b32,text=cbow"), ("clip", "rn50"), ("clip", "bigg14"),
          ("coca", ""), ("coca", "base"), ("coca", "2b"), ("coca", "b32_open"), ("albef", ""), ("albef", "base"), ("blip", ""), ("blip", "base"),
          ("vqkd", ""), ("beit3", ""), ("beit3", "base,tokenizer=vqkd"), ("vlmo", ""), ("vlmo", "base"), ("vlmo", "base_plus"),
-         ("blip2", ""), ("blip2", "opt2.7b"), ("blip2", "flant5xl,vit=clip_l14"), ("instructblip", ""), ("instructblip", "vicuna7b"),
+         ("blip2", ""), ("blip2", "opt2.7b"), ("blip2", "flant5xl,vit=clip_l14"),
+         ("blip2", "flant5xl,finetune,16gb,tune=lora"), ("instructblip", ""), ("instructblip", "vicuna7b"),
          ("instructblip", "flant5xl")]
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import scaling
 from tests.tiny import ROOT, config, tiny
-from vlm_jax import forecast, partitioning, roofline
+from vlm_jax import forecast, memory, partitioning, roofline
 from vlm_jax.errors import ConfigError
 from vlm_jax.losses.contrastive import contrastive
 
@@ -189,6 +189,8 @@ for topology, count in (("h100:2x8", 16), ("a100:8", 8)):
         traced = jax.jit(lambda x: x.T @ x).trace(x)
     need = roofline.demand(traced, memory.compiled(traced, mesh), count)
     assert need.flops == 2 * 1024 * 512 * 512 / count and need.sent > 0, need
+mesh = partitioning.make_mesh(devices=forecast.absent_devices("rtx4090:1"))
+assert mesh.devices.size == 1 and memory.limit_of(mesh) == 18e9, mesh
 """
 
 
@@ -218,6 +220,25 @@ def test_published_sizes_need_neither_data_nor_tokenizer(name, arg, parameters):
     stage = forecast.open_stage(whole, whole.stage_order[0])
     assert stage.plan.count() == parameters or parameters is None
     assert stage.data.train == "" and stage.examples == forecast.EXAMPLES
+
+
+@pytest.mark.parametrize("name,arg,stage,dtype,trained", [
+    ("blip2", "finetune,24gb", "caption", "bfloat16", 107_133_696), ("blip2", "flant5xl,finetune,16gb,tune=lora", "vqa", "int8", 18_874_368),
+    ("instructblip", "finetune,16gb,bert=vocab.txt", "vqa", "int8", 188_837_376)])
+def test_recipes_for_one_card_read_kept_features_beside_narrow_weights(name, arg, stage, dtype, trained):
+    found = forecast.open_stage(config(name, arg), stage)
+    assert found.plan.count(trained=True) == trained and "image" not in found.step_spec and found.step_spec["image_states"].shape == (64, 1, 257, 1408)
+    for tower in ("image", "language"):
+        kernels = [p for p in found.plan.frozen if p.startswith(f"{tower}/blocks/") or p.startswith(f"{tower}/decoder/blocks/")]
+        kernels = [found.plan.shapes[p].dtype.name for p in kernels if p.endswith("/kernel")]
+        assert kernels and set(kernels) == {dtype}
+
+
+def test_what_the_step_does_not_read_is_counted():
+    found = forecast.open_stage(config("blip2", "finetune,24gb"), "caption")
+    traced = memory.trace_step(found, partitioning.make_mesh(devices=jax.devices()[:1]))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(traced.lower().in_avals))
+    assert held > sum(x.size * x.dtype.itemsize for x in found.plan.shapes.values())
 
 
 def test_a_vocabulary_of_unknown_size_is_asked_for():

@@ -33,20 +33,19 @@ MAY_CHANGE = ("steps", "evals", "select", "log", "checkpoint", "data.threads", "
 def parse_arg(arg: str | None, **declared: Any) -> ConfigDict:
     """Reads the text after the colon of ``--config=configs/x.py:base,res=288``.
 
-    ``declared``: name -> default, or a tuple of choices whose first is the default. The first
-    declared name may be given without its name. Values take the type of their default.
+    ``declared``: name -> default, or a tuple of choices whose first is the default. A choice may be given without
+    its name, and so may the first declared. Values take the type of their default.
     Raises ConfigError for an argument that is not declared.
     """
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in declared.items()}
-    first = next(iter(declared), None)
+    choices = {text: name for name, v in reversed(declared.items()) if isinstance(v, tuple) for text in v if text}
+    free = [k for k in list(declared)[:1] if not isinstance(declared[k], tuple)]
     for i, part in enumerate(p.strip() for p in (arg or "").split(",") if p.strip()):
         name, equals, text = part.partition("=")
         if not equals:
-            choices = declared[first] if first and isinstance(declared[first], tuple) else ()
-            if first is None or i or (choices and part not in choices):
-                known = list(choices if not i else ()) + [f"{k}=" for k in declared]
-                raise ConfigError(f"config argument {part!r} is not known{nearest(part, known)}")
-            name, text = first, part
+            if part not in choices and (i or not free):
+                raise ConfigError(f"config argument {part!r} is not known{nearest(part, [*choices, *(f'{k}=' for k in declared)])}")
+            name, text = choices.get(part) or free[0], part
         if name not in declared:
             raise ConfigError(f"config argument {name!r} is not declared{nearest(name, declared)}")
         default = values[name]

@@ -31,7 +31,9 @@ from vlm_jax.stage import Stage
 
 # device_kind, compute capability, multiprocessors, floating-point units and shared memory of one, shared memory of a block at most, L2, GHz, memory
 GPUS = {"a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167_936, 166_912, 41_943_040, 1.41, 85_100_068_864),
-        "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 128, 233_472, 232_448, 52_428_800, 1.98, 84_942_979_072)}
+        "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 128, 233_472, 232_448, 52_428_800, 1.98, 84_942_979_072),
+        "rtx4090": ("NVIDIA GeForce RTX 4090", 8, 128, 128, 102_400, 101_376, 75_497_472, 2.52, 25_757_220_864),
+        "rtx4080": ("NVIDIA GeForce RTX 4080", 8, 76, 128, 102_400, 101_376, 67_108_864, 2.51, 17_171_480_576)}
 GENERATIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}     # dimensions of their tori
 PRESENT_NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
@@ -123,6 +125,17 @@ def forecast(stage: Stage, mesh: Any, name: str = "", chip: roofline.Chip | None
         seconds=need.seconds(chip) if chip else None, compile_seconds=seconds)
 
 
+class Unread(tokenizers.Tokenizer):
+    """A tokenizer that is not there, with the ids that a model says it has."""
+    kind = "unread"
+
+    def __init__(self, vocab: int, bos: int, eos: int, pad: int, **_: int):
+        self.vocab_size, self.bos_id, self.eos_id, self.pad_id = vocab, bos, eos, pad
+
+    def encode(self, text: str) -> list[int]:
+        raise ConfigError("this tokenizer is not there")
+
+
 def open_stage(config: ConfigDict, name: str, workdir: pathlib.Path = pathlib.Path()) -> Stage:
     """A stage for its shapes alone: neither its data nor, where the model says how large the vocabulary is, its tokenizer need be there.
     Raises ConfigError."""
@@ -141,7 +154,16 @@ def open_stage(config: ConfigDict, name: str, workdir: pathlib.Path = pathlib.Pa
         section.data.tokenizer = ""
         for key, value in tokens.items():
             tokens[key] = max(value, 0)
-    stage = stages.resolve(section, name, tokenizer)
+        if isinstance(section.model.get("prompt"), str):      # as many ids as words
+            with section.model.ignore_type():
+                section.model.prompt = (0,) * len(section.model.prompt.split())
+    second = None
+    if section.data.get("instruction_tokenizer"):
+        try:
+            second = tokenizers.load(section.data.instruction_tokenizer)
+        except (OSError, ValueError, ImportError):
+            second = Unread(**{"bos": -1, "eos": -1, "pad": 0, **section.model.instruction_tokens})
+    stage = stages.resolve(section, name, tokenizer, second)
     if not stage.data.train:
         vars(stage)["examples"] = EXAMPLES
     return stage
@@ -168,7 +190,8 @@ def absent_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError('--topology needs the TPU compiler, which is not installed: pip install -e ".[tpu]" (on Linux; no TPU is needed)')
     os.environ.update({k: v for k, v in PRESENT_NOWHERE.items() if k not in os.environ})
-    return described(topology, platform="tpu", topology_name=f"{kind}:{shape}", **({"num_slices": slices} if slices > 1 else {}))
+    return described(topology, platform="tpu", topology_name=f"{kind}:{shape}", **({"num_slices": slices} if slices > 1 else {}),
+                     **({"chips_per_host_bounds": [1, 1, 1]} if math.prod(sizes) == 1 else {}))
 
 
 def absent_gpus(kind: str, machines: int, each: int) -> list[Any]:
@@ -207,7 +230,8 @@ def compile_only(config: ConfigDict, topology: str = "", *, name: str = "", only
     for stage_name in [only] if only else config.stage_order:
         if stage_name not in config.stages:
             raise ConfigError(f"--stage={stage_name!r} is not a stage{nearest(stage_name, config.stages)}")
-        stage = open_stage(config, stage_name)
+        with partitioning.use(partitioning.make_mesh(devices=devices)):      # for dtype="auto"
+            stage = open_stage(config, stage_name)
         mesh = mesh_of(stage, devices)
         try:
             with memory.advising(stage, mesh):

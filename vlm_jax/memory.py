@@ -85,7 +85,8 @@ def trace_step(stage: Stage, mesh: Any) -> Any:
     partitioning.check_rows(stage.data.batch, mesh)
     ema = stage.config.optim.get("ema", 0.0)
     tx, _ = make_optimizer(stage)
-    step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0)
+    # Leaves that the step does not read (an eye whose features were kept) lie on the device all the same.
+    step = jax.jit(make_train_step(stage.system, tx, jax.random.key(0), ema), donate_argnums=0, keep_unused=True)
     state = init.abstract(stage.system, stage.plan, tx, mesh, ema)      # before the mesh is in force: it may be absent, and cannot compute
     with partitioning.use(mesh):
         return step.trace(state, partitioning.abstract(stage.step_spec, mesh))
@@ -113,7 +114,8 @@ def changed(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> tuple[Stage,
         section[key] = value
     if "rules" in changes:
         mesh = partitioning.make_mesh(changes["rules"], devices=list(mesh.devices.flat))
-    return resolve(config, stage.name, stage.tokenizer, stage.instruction_tokenizer), mesh
+    with partitioning.use(mesh):
+        return resolve(config, stage.name, stage.tokenizer, stage.instruction_tokenizer), mesh
 
 
 def trial(stage: Stage, mesh: Any, changes: Mapping[str, Any]) -> Trial:

@@ -38,6 +38,8 @@ CHIPS: Mapping[str, Chip] = {
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80e9, 2.039e12, 300e9),
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3.35e12, 450e9),
     "NVIDIA H200": Chip("H200", 989e12, 141e9, 4.8e12, 450e9),
+    "NVIDIA GeForce RTX 4090": Chip("RTX 4090", 165e12, 24e9, 1.008e12, 32e9),      # products that are summed in float32
+    "NVIDIA GeForce RTX 4080": Chip("RTX 4080", 97.5e12, 16e9, 0.717e12, 32e9),
 }
 
 

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.errors import nearest
 from vlm_jax.models.bert import keys
 from vlm_jax.nn.attention import Attention, attend, write
-from vlm_jax.nn.block import REMAT
+from vlm_jax.nn.block import recomputed
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.multiway import Layout, Multiway
@@ -126,8 +125,6 @@ class QFormer(nn.Module):
     def setup(self):
         if self.cross_every < 1:
             raise ValueError(f"cross_every={self.cross_every} is no number of layers; nearest: 1")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat={self.remat!r} is not a policy{nearest(self.remat, tuple(REMAT))}")
 
         def table(rows):
             return nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed")), (rows, self.width), jnp.float32
@@ -140,7 +137,7 @@ class QFormer(nn.Module):
         block = dict(width=self.width, heads=self.heads, mlp_dim=self.mlp_dim, experts=(QUERY, TEXT) if self.vocab else (QUERY,), eps=self.eps,
                      dropout=self.dropout, dtype=self.dtype)
         groups, rest = divmod(self.layers, self.cross_every)
-        group = QGroup if self.remat == "none" else nn.remat(QGroup, policy=REMAT[self.remat], prevent_cse=False, static_argnums=())
+        group = recomputed(QGroup, self.remat)
         if groups:
             self.blocks = nn.scan(group, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=groups,
                                   in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0, nn.broadcast), out_axes=0,

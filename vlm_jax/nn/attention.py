@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import LowRank, low_rank
-from vlm_jax.nn.narrow import widen
+from vlm_jax.nn.narrow import Stored, multiply, stored
 from vlm_jax.partitioning import current_sizes, gather, shard, spec
 
 log = logging.getLogger("vlm_jax.attention")
@@ -183,7 +183,7 @@ def per_device(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 class Map(NamedTuple):
     """A map to or from heads: its kernel, and its bias and adapter where it has them."""
-    kernel: jax.Array
+    kernel: Stored
     bias: jax.Array | None
     adapter: LowRank | None
 
@@ -205,7 +205,7 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes), self.bias_shape,
                               jnp.float32).astype(self.dtype)
-        return Map(widen(self, kernel, self.dtype), bias, low_rank(self))
+        return Map(stored(self, kernel), bias, low_rank(self))
 
 
 class Attention(nn.Module):
@@ -323,7 +323,7 @@ class Attention(nn.Module):
     def merge(self, x: jax.Array) -> jax.Array:
         """[b, q, h, d] -> [b, q, out_width]."""
         kernel, bias, adapter = self.out()
-        y = x.reshape(-1, kernel.shape[0] * kernel.shape[1]) @ gather(kernel.reshape(-1, kernel.shape[-1]), "heads", "embed")
+        y = from_heads(x.reshape(-1, x.shape[-2] * x.shape[-1]), kernel, self.dtype)
         y = y if adapter is None else y + adapter(x.reshape(-1, *x.shape[2:]))
         y = y if bias is None else y + bias
         return y.reshape(*x.shape[:2], -1)
@@ -333,15 +333,23 @@ def into_heads(x: jax.Array, maps: list[Map]) -> list[jax.Array]:
     """[b, l, in] -> [b, l, h, d] for each map: one product with all their kernels. They are joined along an axis
     of their own, so that heads may lie on different devices."""
     rows = x.reshape(-1, x.shape[-1])
-    kernel = gather(jnp.stack([m.kernel for m in maps], 1), "embed", "none", "heads", "head_dim")      # [in, n, h, d]
-    y = jnp.einsum("ti,inhd->tnhd", rows, kernel)
+
+    def product(rows, *kernels):
+        return jnp.einsum("ti,inhd->tnhd", rows, gather(jnp.stack(kernels, 1), "embed", "none", "heads", "head_dim"))
+
+    y = multiply(product, rows, [m.kernel for m in maps], x.dtype)
     biases = [m.bias for m in maps]
     if any(b is not None for b in biases):
-        y = y + jnp.stack([jnp.zeros(kernel.shape[2:], y.dtype) if b is None else b for b in biases])
+        y = y + jnp.stack([jnp.zeros(y.shape[2:], y.dtype) if b is None else b for b in biases])
     if any(m.adapter is not None for m in maps):
         y = y + jnp.stack([jnp.zeros_like(y[:, i]) if m.adapter is None else m.adapter(rows) for i, m in enumerate(maps)], 1)
     y = y.reshape(*x.shape[:2], *y.shape[1:])
     return [shard(y[:, :, i], "batch", "length", "act_heads", "none") for i in range(len(maps))]
+
+
+def from_heads(rows: jax.Array, kernel: Stored, dtype: Any) -> jax.Array:
+    """[t, h * d] -> [t, out]."""
+    return multiply(lambda rows, kernel: rows @ gather(kernel.reshape(-1, kernel.shape[-1]), "heads", "embed"), rows, [kernel], dtype)
 
 
 class Rotary(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vlm_jax.nn import initializers
 from vlm_jax.nn.lora import low_rank
-from vlm_jax.nn.narrow import widen
+from vlm_jax.nn.narrow import multiply, stored
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import gather
 
@@ -33,7 +33,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes),
                             (x.shape[-1], self.features), jnp.float32)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = rows @ gather(widen(self, kernel, self.dtype), *self.axes)
+        y = multiply(lambda rows, kernel: rows @ gather(kernel, *self.axes), rows, [stored(self, kernel)], self.dtype)
         if (adapter := low_rank(self)) is not None:
             y = y + adapter(rows)
         if self.use_bias:
@@ -69,5 +69,5 @@ class ProjectionHead(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(width ** -0.5),
                                                                    ("embed", "joint")), (width, self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = x @ gather(widen(self, kernel, self.dtype), "embed", "joint")
+        y = multiply(lambda x, kernel: x @ gather(kernel, "embed", "joint"), x, [stored(self, kernel)], self.dtype)
         return y if (adapter := low_rank(self)) is None else y + adapter(x.reshape(-1, width)).reshape(y.shape)

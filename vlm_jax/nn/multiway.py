@@ -23,11 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
-from vlm_jax.nn.attention import Projection, attend, attention_weights, into_heads, weigh, write
+from vlm_jax.nn.attention import Projection, attend, attention_weights, from_heads, into_heads, weigh, write
 from vlm_jax.nn.block import recomputed
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
-from vlm_jax.partitioning import gather
 
 SPLIT = ("shared", "split")      # one for all, or each expert's own
 ALL = "all"      # what is one for all
@@ -121,7 +120,7 @@ class Projections(nn.Module):
         rows = x.reshape(*x.shape[:2], -1)
         rows = self.norm(rows) if self.sub_norm else rows
         rows = rows.reshape(-1, rows.shape[-1])
-        y = rows @ gather(kernel.reshape(-1, kernel.shape[-1]), "heads", "embed") + bias
+        y = from_heads(rows, kernel, self.dtype) + bias
         y = y if adapter is None else y + adapter(rows.reshape(-1, *x.shape[2:]))
         return y.reshape(*x.shape[:2], -1)
 

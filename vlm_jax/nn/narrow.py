@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from vlm_jax.errors import ConfigError, nearest
+from vlm_jax.partitioning import current_sizes
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 KERNEL, SCALE = "kernel", "kernel_scale"
@@ -26,11 +27,33 @@ WIDE = (KERNEL, "table")      # leaves that hold nearly all of a model
 LEVELS = 127
 
 
+class Stored(NamedTuple):
+    """A kernel as it is stored, and its scale where it is int8."""
+    kernel: jax.Array
+    scale: jax.Array | None
+
+    def widen(self, dtype: Any) -> jax.Array:
+        return self.kernel.astype(dtype) if self.scale is None else (self.kernel.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+def stored(module: nn.Module, kernel: jax.Array) -> Stored:
+    """The ``kernel`` of a module with what widens it."""
+    return Stored(kernel, module.get_variable("params", SCALE) if kernel.dtype == jnp.int8 else None)
+
+
 def widen(module: nn.Module, kernel: jax.Array, dtype: Any) -> jax.Array:
     """The ``kernel`` of a module in ``dtype``, whatever it is stored in."""
-    if kernel.dtype != jnp.int8:
-        return kernel.astype(dtype)
-    return (kernel.astype(jnp.float32) * module.get_variable("params", SCALE)).astype(dtype)
+    return stored(module, kernel).widen(dtype)
+
+
+def multiply(product: Callable[..., jax.Array], x: jax.Array, kernels: Sequence[Stored], dtype: Any) -> jax.Array:
+    """product(x, *kernels in ``dtype``). The backward pass widens them again: of a frozen stack no second copy is kept for it. Kernels in pieces are
+    gathered by ``product``, and ``block.REMAT`` says what is kept of them."""
+    def widened(x, kernels):
+        return product(x, *(kernel.widen(dtype) for kernel in kernels))
+
+    once = widened if current_sizes().get("fsdp", 1) > 1 else jax.checkpoint(widened, prevent_cse=False)
+    return once(x, tuple(kernels))
 
 
 def inputs(axes: Sequence[str]) -> tuple[int, ...]:
