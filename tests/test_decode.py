@@ -254,8 +254,8 @@ def test_beams_sort_no_vocabulary():
     table = jnp.zeros((1000, 1000))
 
     def found(prompt, table):
-        return beam.search(lambda p: (table[p[:, -1]], (), {"x": prompt}), lambda cache, ids: (table[ids], (), cache), prompt, beams=5, max_length=6, min_length=6,
-                           length_penalty=1.0, repetition_penalty=1.0, eos_ids=(2,), pad_id=1, batch_axis=0, rule="transformers_4.33")
+        return beam.search(lambda p: (table[p[:, -1]], (), {"x": prompt}), lambda cache, ids: (table[ids], (), cache), prompt, beams=5,
+                           max_length=6, min_length=6, length_penalty=1.0, repetition_penalty=1.0, eos_ids=(2,), pad_id=1, batch_axis=0, rule="transformers_4.33")
 
     program = jax.jit(found).lower(jnp.zeros((2, 1), jnp.int32), table).compile().as_text()
     assert "TopK" in program and not re.search(r"\[2,5000\]\S* sort\(|\[2,5000\]\S*\) sort\(", program)
