@@ -144,7 +144,8 @@ def compare_blip2(given: argparse.Namespace) -> None:
                 sys.exit(f"the ids differ: {facts}")
             blocks = paired.alternate({"ours": lambda: ours.block(given.steps), "transformers": lambda: theirs.block(given.steps)}, given.rounds, given.drop)
     paired.report(given, f"captions of blip2, {given.method}, batch {given.batch}, {given.length} ids", machine, blocks,
-                  paired.compare(blocks, [("ours", "transformers")]), work=given.batch * (given.length - 1), unit="tokens", packages=("transformers",), facts=facts)
+                  paired.compare(blocks, [("ours", "transformers")]), work=given.batch * (given.length - 1), unit="tokens",
+                  packages=("transformers",), facts=facts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,9 +39,8 @@ LANGUAGES = {"opt2.7b": (dict(family="opt", variant="2.7b", dropout=0.1), OPT_TO
 CROPS = "random_resized_crop(scale=0.5..1)|flip"      # lavis/processors/blip_processors.py: blip2_image_train
 EYE_FROZEN, BOTH_FROZEN, LANGUAGE_FROZEN = (r"(?!image/).*",), (r"(?!(image|language)/).*",), (r"(?!language/).*",)
 RERANK = dict(kind="rerank", options=dict(k=128, score="match+cosine"))      # lavis/projects/blip2/eval/ret_coco_eval.yaml
-# Of what is frozen in fine-tuning on a card, and how many of a batch's 64 rows pass at once (docs/results.md, "Fine-tuning on one card")
-FROZEN = {"24gb": "bfloat16", "16gb": "int8"}
-ROWS = {"opt2.7b": {"24gb": 64, "16gb": 64}, "flant5xl": {"24gb": 64, "16gb": 64}}
+# What is frozen lies in these in fine-tuning on a card. By the compiler all 64 rows of a step pass at once (docs/results.md, "Fine-tuning on one card")
+FROZEN, ON_ONE_CARD = {"24gb": "bfloat16", "16gb": "int8"}, ("opt2.7b", "flant5xl")
 PROMPTS = {"opt": "Question: {q} Answer:", "t5": "Question: {q} Short answer:"}      # section 4.1
 # lavis/projects/blip2/eval/caption_coco_*.yaml, and what the captioning task passes where the yaml is silent
 BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty=0.0, repetition_penalty=1.15)
@@ -199,10 +198,11 @@ def retrieval(start, res, init):
 # ---- on one card
 
 def on_one_card(size, memory, tune, start):
-    """Captions and questions of one's own, from the second stage in ``start``. No paper's recipe: 64 pairs a step, five times each, rates as in section 3.4 of
-    a tenth for the Q-Former, as in fine-tuning, and usual ones for adapters."""
-    if size not in ROWS:
-        raise c.ConfigError(f"config argument {size!r} has no recipe for one card; nearest: {', '.join(ROWS)}, or configs/instructblip.py:vicuna7b,finetune")
+    """Captions and questions of one's own, from the second stage in ``start``. No paper's recipe: 64 pairs a step, five times each; the Q-Former's rate is that
+    of fine-tuning, the adapters' a usual one."""
+    if size not in ON_ONE_CARD:
+        raise c.ConfigError(f"config argument {size!r} has no recipe for one card; nearest: {', '.join(ON_ONE_CARD)}, "
+                            "or configs/instructblip.py:vicuna7b,finetune")
     base = generate_of("eva_g14", size, 224, "")
     family = base["model"]["language"]["family"]
     lora = tune == "lora"
@@ -212,8 +212,7 @@ def on_one_card(size, memory, tune, start):
         optim=dict(base["optim"], lr=5e-4 if lora else 1e-5, b2=0.999, warmup="5%", end_lr=0.0, weight_decay=0.0 if lora else 0.05), rules="dp",
         loss=dict(weights=dict(lm=1.0)), steps="5epochs", checkpoint=dict(every="1epoch", keep=2))
     model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
-    rows = ROWS[size][memory]
-    data = dict(base["data"], batch=64, microbatch=rows if rows < 64 else 0, augment="squash", cache_features="features", threads=4, block=1, window=1,
+    data = dict(base["data"], batch=64, augment="squash", cache_features="features", threads=4, block=1, window=1,
                 tokenizer=f"{start}/tokenizer" if start else "")
     captions, answers = dict(kind="caption", options=BEAMS, every="1epoch", batch=8), dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch", batch=8)
     asked = dict(text_clean="blip_question", layout="apart" if family == "t5" else "joined", templates=(PROMPTS[family],), prompt_length=32, length=12)

@@ -38,7 +38,6 @@ HELD_IN = (("coco_caption", "coco"), ("capfilt", "capfilt"), ("textcaps", "textc
 # how far: those two factors are ours.
 VQA_BY_IMAGES = (82 / 444) ** 0.5
 FACTORS = dict(vqav2=VQA_BY_IMAGES, vqg_vqav2=VQA_BY_IMAGES, aokvqa=0.5, okvqa=2.0)
-ROWS = {"vicuna7b": {"24gb": 16, "16gb": 64}}      # as in configs/blip2.py
 # What a caption is asked for, and how it and answers are written: lavis/projects/instructblip and its tasks
 CAPTION = dict(kind="caption", template="A short image caption.", options=dict(
     method="beam", beams=5, max_length=80, min_length=10, length_penalty=1.0, repetition_penalty=1.15))
@@ -154,17 +153,16 @@ def instruct(size, res, start, words, bert, root):
 
 def on_one_card(size, memory, tune, start, bert):
     """The recipes of configs/blip2.py with queries that read what is asked. The Q-Former's words are those of bert-base-uncased, or lie in ``start``."""
-    if size not in ROWS:
-        raise c.ConfigError(f"config argument {size!r} has no recipe for one card here; nearest: {', '.join(ROWS)}, or configs/blip2.py:flant5xl,finetune")
+    if size != "vicuna7b":
+        raise c.ConfigError(f"config argument {size!r} has no recipe for one card here; nearest: vicuna7b, or configs/blip2.py:flant5xl,finetune")
     base = instruct(size, 224, "", "", bert, "")
     found = c.from_file(f"configs/blip2.py:opt2.7b,finetune,{memory},tune={tune},start={start}").stages.to_dict()
     words = f"bert:{bert}" if bert else f"{start}/instruction_tokenizer" if start else ""
-    rows = ROWS[size][memory]
 
     def stage(name, template, reply, **evals):
         own = found[name]
         data = dict(own["data"], layout="joined", templates=(template,), prompt_length=32, length=reply, instruction_tokenizer=words,
-                    instruction_length=32 if words else 0, text_clean="", marks=VICUNA_MARKS, microbatch=rows if rows < own["data"]["batch"] else 0)
+                    instruction_length=32 if words else 0, text_clean="", marks=VICUNA_MARKS)
         model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
         return c.stage(**dict(own, model=model, data=data, evals=evals, init=start or "@instruct"))
 
