@@ -116,7 +116,7 @@ def test_less_data_than_a_batch_and_fewer_samples_than_readers():
 
 
 def test_a_source_without_lengths_has_no_buckets_among_processes():
-    with pytest.raises(ValueError, match="no column of caption lengths.*nearest: buckets=()"):
+    with pytest.raises(ValueError, match="no column of text lengths.*nearest: buckets=()"):
         pipeline.train_batches(Few(), tokenizers.load("scenes"), batch=8, size=8, length=8, augment="squash", seed=0, buckets=(4,), mine=np.arange(4))
 
 
