@@ -37,6 +37,7 @@ def close(mine, other):
         assert mine[step] == pytest.approx(other[step], rel=1e-6), step
 
 
+@SLOW
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     """SIGTERM to one of two: both save after the same step, and a single process ends where it would have ended alone."""
     whole = config("fsdp_tp", every=2)
