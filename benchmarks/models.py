@@ -36,7 +36,7 @@ class Compared:
     batch: int
 
 
-COMPARED = {"clip_b32": Compared("clip", "b32", "ViT-B-32", 32), "coca_b32": Compared("coca", "b32_open", "coca_ViT-B-32", 16)}
+COMPARED = {"clip_b32": Compared("clip", "b32", "ViT-B-32", 32), "clip_l14": Compared("clip", "l14", "ViT-L-14", 8), "coca_b32": Compared("coca", "b32_open", "coca_ViT-B-32", 16)}
 
 
 # ---- ours --------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def load_config(name: str, arg: str = "") -> Any:
     return module.get_config(arg)
 
 
-def our_config(name: str, batch: int, quick: bool = False, **tower: int) -> Any:
+def our_config(name: str, batch: int, quick: bool = False, dtype: str = "float32", **tower: int) -> Any:
     """The stage config of COMPARED[name]; ``tower``: fields of every tower, such as layers and width."""
     config = load_config(COMPARED[name].config, COMPARED[name].size).stages.pretrain
     changes = {**(dict(TINY, mlp_dim=4 * TINY["width"]) if quick else {}), **tower}
@@ -57,17 +57,17 @@ def our_config(name: str, batch: int, quick: bool = False, **tower: int) -> Any:
         if field in config.model:
             with config.model[field].unlocked():
                 config.model[field].update(activation="gelu", remat="none", **changes)
-    config.model.update(dtype="float32", **({"embed": TINY["width"]} if quick else {}))
+    config.model.update(dtype=dtype, **({"embed": TINY["width"]} if quick else {}))
     config.data.update(batch=batch, microbatch=0, tokenizer="", **({"size": TINY_SIZE} if quick else {}))
     config.evals = {}
     return config
 
 
-def our_train_step(name: str, batch: str, quick: bool, **tower: int) -> tuple[Callable[[], None], dict[str, Any]]:
+def our_train_step(name: str, batch: str, quick: bool, dtype: str = "float32", **tower: int) -> tuple[Callable[[], None], dict[str, Any]]:
     """A worker's function: ``trainer_step`` on the batch (.npz). Beside open_clip's work it normalises the pixels, takes the gradient's norm
     and checks that all is finite."""
     arrays = dict(np.load(batch))
-    return trainer_step(our_config(name, len(arrays["image"]), quick, **tower), arrays)
+    return trainer_step(our_config(name, len(arrays["image"]), quick, dtype, **tower), arrays)
 
 
 def trainer_step(config: Any, arrays: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray] | None = None
@@ -97,7 +97,7 @@ def trainer_step(config: Any, arrays: Mapping[str, np.ndarray], given: Mapping[s
             state, metrics = step_fn(state, partitioning.place(arrays, mesh))
             jax.block_until_ready((state, metrics))
 
-    return step, {"parameters": stage.plan.count(), "text": list(arrays["text"].shape), **first}
+    return step, {"parameters": stage.plan.count(), "device": jax.devices()[0].device_kind, "text": list(arrays["text"].shape), **first}
 
 
 def loss_without_dropout(system: Any, state: Any, batch: Mapping[str, Any]) -> float:
@@ -137,9 +137,10 @@ def write_peer_config(folder: str, config: Mapping[str, Any]) -> str:
     return f"local-dir:{folder}"
 
 
-def peer_train_step(name: str, batch: str, quick: bool) -> tuple[Callable[[], None], dict[str, Any]]:
+def peer_train_step(name: str, batch: str, quick: bool, dtype: str = "float32", compiled: bool = False) -> tuple[Callable[[], None], dict[str, Any]]:
     """A worker's function: forward, loss, backward, AdamW and the clamp as in open_clip's ``train_one_epoch``. The batch (.npz)
-    is normalised before the clock starts, as open_clip's loader hands it over."""
+    is normalised before the clock starts, as open_clip's loader hands it over. dtype "bfloat16": on the GPU by autocast, as with
+    ``--precision amp_bf16``, the batch copied there in each step; ``compiled``: with ``--torchcompile``."""
     import open_clip
     import torch
 
@@ -148,7 +149,8 @@ def peer_train_step(name: str, batch: str, quick: bool) -> tuple[Callable[[], No
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     image = torch.from_numpy(((arrays["image"] / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2).copy())
     text = torch.from_numpy(arrays["text"].astype(np.int64))
-    model = peer_model(name, quick).train()
+    device = "cuda" if dtype == "bfloat16" else "cpu"
+    model = peer_model(name, quick).train().to(device)
     if hasattr(model, "text_decoder"):
         loss = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, cache_labels=True)
     else:
@@ -160,13 +162,20 @@ def peer_train_step(name: str, batch: str, quick: bool) -> tuple[Callable[[], No
                                                                              "weight_decay": 0.2}],
                                   lr=1e-6, betas=(0.9, 0.98), eps=1e-6)     # as small as in our warm-up
 
+    if device == "cuda":
+        image, text = image.pin_memory(), text.pin_memory()
+    forward = torch.compile(model) if compiled else model
+
     def step() -> None:
         optimizer.zero_grad()
-        losses = loss(**model(image, text), output_dict=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            losses = loss(**forward(image.to(device, non_blocking=True), text.to(device, non_blocking=True)), output_dict=True)
         sum(losses.values()).backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step, {"parameters": sum(p.numel() for _, p in named), "text": list(text.shape), "threads": torch.get_num_threads()}
 

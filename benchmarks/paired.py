@@ -38,6 +38,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MEMORY = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
           "glibc.malloc.trim_threshold=1099511627776")
+ON_GPU = dict(JAX_PLATFORMS="cuda", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"), XLA_PYTHON_CLIENT_MEM_FRACTION="0.45", GLIBC_TUNABLES="")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "open_clip_torch")
 
 Blocks = Mapping[str, Sequence[Sequence[float]]]    # side -> [round][step] seconds

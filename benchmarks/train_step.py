@@ -1,7 +1,8 @@
-"""A train step of CLIP ViT-B/32 (batch 32) or CoCa ViT-B/32 (batch 16) against open_clip's, fp32, on the CPU.
+"""A train step of CLIP ViT-B/32 (batch 32), CLIP ViT-L/14 (batch 8) or CoCa ViT-B/32 (batch 16) against open_clip's, fp32, on the CPU.
 
     python -m benchmarks.train_step --model=clip_b32 --captions=full [--out=FILE.json]
     python -m benchmarks.train_step --model=coca_b32 --captions=natural --check
+    python -m benchmarks.train_step --model=clip_l14 --batch=256 --device=gpu [--compiled]
 
 A step is forward, backward, AdamW and the clamp of the logit scale; see benchmarks/models.py for what is made
 equal and benchmarks/paired.py for how it is measured. Both sides take the same batch: the same random pixels, captions
@@ -12,6 +13,9 @@ captions=full     equal work: both compute all 77 positions (CoCa: 76 and the cl
 captions=natural  the same captions as each framework trains on them: our pipeline crops a batch to the smallest
                   bucket (16, 20, 24, 32) that holds its longest caption; open_clip has no such thing and computes 77.
                   Target: clearly faster, by what the padding costs.
+
+--device=gpu: both in bfloat16 with float32 weights (open_clip: amp_bf16; --compiled: and torch.compile), on one GPU in turn, the batch
+copied to it in each step.
 
 --check measures nothing: it prints how far our loss and gradients on the cropped batch are from those on the padded
 one (fp32; at most 1e-5 of the norm, or the exit code is 1), and needs no open_clip.
@@ -62,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--model", choices=tuple(models.COMPARED), default="clip_b32")
     flags.add_argument("--captions", choices=("full", "natural"), default="full")
     flags.add_argument("--batch", type=int, help="rows (default: 32 for CLIP, 16 for CoCa)")
+    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    flags.add_argument("--compiled", action="store_true", help="open_clip's model by torch.compile")
     flags.add_argument("--check", action="store_true", help="compare our loss and gradients, cropped against padded, and stop")
     paired.add_blocks(flags, rounds=6, steps=6, drop=2)
     given = paired.parse(flags, argv, quick=dict(rounds=2, steps=3, drop=1, batch=4))
@@ -80,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for side, buckets in (("ours", models.BUCKETS if given.captions == "natural" else ()), ("open_clip", ())):
             files[side] = str(pathlib.Path(folder) / f"{side}.npz")
             np.savez(files[side], **models.make_batch(given.model, rows, given.quick, buckets))
-        options = dict(name=given.model, quick=given.quick)
-        with paired.Worker("benchmarks.models:our_train_step", dict(options, batch=files["ours"])) as ours, \
-                paired.Worker("benchmarks.models:peer_train_step", dict(options, batch=files["open_clip"])) as theirs:
+        options = dict(name=given.model, quick=given.quick, dtype="bfloat16" if given.device == "gpu" else "float32")
+        env = paired.ON_GPU if given.device == "gpu" else {}
+        with paired.Worker("benchmarks.models:our_train_step", dict(options, batch=files["ours"]), **env) as ours, \
+                paired.Worker("benchmarks.models:peer_train_step", dict(options, batch=files["open_clip"], compiled=given.compiled), **env) as theirs:
             facts = {"ours": ours.facts, "open_clip": theirs.facts}
             if ours.facts["parameters"] != theirs.facts["parameters"]:
                 sys.exit(f"the models differ: {facts}")
             blocks = paired.alternate({"ours": lambda: ours.block(given.steps), "open_clip": lambda: theirs.block(given.steps)},
                                       given.rounds, given.drop)
-    paired.report(given, f"train step of {given.model}, batch {rows}, captions {given.captions}, text {ours.facts['text'][1]} against "
+    paired.report(given, f"train step of {given.model} on {ours.facts['device']}, batch {rows}, captions {given.captions}, text {ours.facts['text'][1]} against "
                   f"{theirs.facts['text'][1]} tokens, {ours.facts['parameters']:,} parameters", machine, blocks,
                   paired.compare(blocks, [("ours", "open_clip")]), work=rows, unit="samples", facts=facts)
 

@@ -72,6 +72,7 @@ MUON = dict(name="muon", lr=3e-3, muon_scale="width", b1=0.9, b2=0.98, momentum=
 # What a question takes, and a description with a question behind it
 PROMPTED, DESCRIBED = dict(prompt_length=24, length=32), dict(prompt_length=60, length=40)
 WORDS = (r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy")      # of the Q-Former, which the second stage drops
+FORMER = dict(variant="mini", queries=24)      # as many as a caption has words
 DECODER, ENCODER = dict(family="opt", variant="mini", positions=160), dict(family="t5", variant="mini")
 
 
@@ -82,17 +83,17 @@ def scenes(res):
     tokens = dict(vocab=-1, bos=-1, eos=-1, pad=-1)
     saved = dict(checkpoint=dict(every=1000, keep=1))
     captions = dict(caption=dict(kind="caption", examples=500))
-    eye = c.stage(**{**eye, **saved, **dict(data=data, steps=1200, evals=captions)})
+    eye = c.stage(**{**eye, **saved, **dict(data=dict(eye["data"], tokenizer="scenes_instruct"), evals=captions)})
 
-    def language(tower, data):
+    def language(tower, layout):
         return c.stage(system="single_tower", model=dict(language=tower, tokens=tokens, dtype="auto"), loss=dict(weights=dict(lm=1.0)),
-                       optim=dict(MUON, muon_lr=0.04),
-                       data=dict(data, **DESCRIBED, train="scenes:train/text", eval="scenes:test/text", images=0), evals={}, steps=300, **saved)
+                       optim=dict(MUON, muon_lr=0.01), steps=800, evals={}, **saved,
+                       data=dict(data, **DESCRIBED, layout=layout, train="scenes:train/text", eval="scenes:test/text", images=0))
 
     own = dict(system="blip2", optim=dict(MUON, muon_lr=0.02), **saved)
     seen = dict(image=dict(eye["model"]["image"], norm=eye["model"]["norm"]), dtype="auto")
     pretrain = c.stage(
-        **own, model=dict(seen, qformer=dict(variant="mini", positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
+        **own, model=dict(seen, qformer=dict(FORMER, positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
         loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),),
         data=data, steps=300,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
@@ -100,19 +101,21 @@ def scenes(res):
 
     def generate(tower, origin, layout):
         return c.stage(
-            **dict(own, optim=dict(MUON, muon_lr=0.005)), model=dict(seen, qformer=dict(variant="mini"), language=tower, tokens=tokens),
+            **dict(own, optim=dict(MUON, muon_lr=0.005)), model=dict(seen, qformer=FORMER, language=tower, tokens=tokens),
             loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
             init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"),
-            data=dict(data, **PROMPTED, layout=layout), steps=800, evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
+            data=dict(data, **PROMPTED, layout=layout, templates="scenes_caption"), steps=800,
+            evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
 
-    first = dict(eye=eye, language=language(DECODER, dict(data, layout="joined", learned="row")), pretrain=pretrain,
+    first = dict(eye=eye, language=language(DECODER, "joined"), pretrain=pretrain,
                  generate=generate(DECODER, "language", "joined"))
-    second = dict(language_t5=language(ENCODER, dict(data, layout="apart", prefix="words")), generate_t5=generate(ENCODER, "language_t5", "apart"))
+    second = dict(language_t5=language(ENCODER, "apart"), generate_t5=generate(ENCODER, "language_t5", "apart"))
     spoken = first["generate"]
     # Section 4.3 of the paper: the queries read the question too
     vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(WORDS, "@generate"),
                trainable=LANGUAGE_FROZEN, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
-               data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", instruction_tokenizer="scenes_instruct", instruction_length=24))
+               data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", templates=(QUESTION["template"],),
+                         instruction_tokenizer="scenes_instruct", instruction_length=24))
     tuned = dict(optim=dict(MUON, lr=5e-4, muon_lr=5e-3), model="init", steps=200)
     named = dict(first, vqa=vqa, **second)
     return tuple(named), dict(

@@ -70,13 +70,22 @@ def test_choice_is_logged_once(caplog):
     assert [r.message for r in caplog.records] == ["attention: xla (no fused kernel on cpu)"]
 
 
-def test_cudnn_is_asked_for_where_chosen(monkeypatch):
-    seen = {}
+@pytest.mark.parametrize("causal", attention.CAUSAL)
+@pytest.mark.parametrize("rows, keys", [(6, 6), (7, 7), (1, 5), (4, 7), (7, 4), (5, 3)])
+def test_cudnn_is_given_even_lengths_and_told_the_keys(monkeypatch, rows, keys, causal):
+    seen, attention_of = {}, jax.nn.dot_product_attention
+
+    def by_xla(q, k, v, *, implementation, **options):
+        seen.update(kernel=implementation, lengths=(q.shape[1] % 2, k.shape[1] % 2, v.shape[1] % 2))
+        return attention_of(q, k, v, implementation="xla", **options)
+
     monkeypatch.setattr(attention, "target", lambda: "gpu")
     monkeypatch.setattr(attention, "cuda_capability", lambda: 9.0)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kw: seen.update(kw) or q)
-    attend(*(x.astype(BF16) for x in qkv(k=5)), causal="causal")
-    assert seen == {"is_causal": True, "implementation": "cudnn"}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    given = [x.astype(BF16) for x in qkv(q=rows, k=keys)]
+    found = attend(*given, causal=causal)
+    assert seen == {"kernel": "cudnn", "lengths": (0, 0, 0)}
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, attend_xla(*given, None, causal))), atol=0.02)
 
 
 def test_kernel_follows_the_mesh_not_the_host():

@@ -12,7 +12,7 @@ from vlm_jax.data.layouts import Layout, Writer
 from vlm_jax.data.pipeline import eval_batches, train_batches
 from vlm_jax.data.rows import Rows
 from vlm_jax.data.scene import COLOURS, FILLS, MATERIALS, OPPOSITE, SHAPES, SIZES
-from vlm_jax.data.scene_text import NUMBERS, PLACES, judge
+from vlm_jax.data.scene_text import NUMBERS, PLACES, judge, parse
 from vlm_jax.data.sources import open_source, read_answers
 
 SPLITS = ("train", "test", "heldout_pair")
@@ -105,6 +105,10 @@ def test_the_other_tasks_are_true_too():
             for sentence in filter(None, places.rstrip(".").split(". ")):
                 subject, where, other = re.fullmatch(rf"(the .*) is ({'|'.join(SIDE)}) (the .*)", sentence).groups()
                 assert truth(f"where is {subject} seen from {other}", scene) == SIDE[where]
+            *objects, = scene_instruct.keywords(np.random.default_rng(i), scene).split(", ")
+            places, objects = [words.split() for words in objects[len(scene.objects):]], [set(words.split()) for words in objects[:len(scene.objects)]]
+            things = [next(t for t in scene.objects if {t.size, t.colour, t.fill, t.shape} == words) for words in objects]
+            assert places == [[things[0].shape, scene.relation(scene.objects.index(things[0]), scene.objects.index(t)), t.shape] for t in things[1:]]
     labels = [scene_instruct.instruction("train", i, ("choice",))[2].label for i in range(800)]
     assert min(np.bincount(labels)) > 150
 
@@ -165,6 +169,16 @@ def test_the_instruction_tokenizer_has_every_word_as_one_piece():
             assert not spelt and tokenizer.decode(tokenizer.body(text)) == text
             assert not set(re.findall("[a-z]{2,}", text)) - words
     assert tokenizers.load("scenes").vocab_size < tokenizer.vocab_size
+
+
+def test_texts_say_before_what_they_ask_for():
+    asked = [scene_instruct.instruction("train", i, ("text",))[2] for i in range(400)]
+    assert all(a.prompt or a.turns for a in asked)
+    captions = [a for a in asked if a.replies and judge(scene_instruct.make_scene(0, "train"), a.replies[0])["understood"]]
+    again = [a for a in captions if a.prompt.startswith(a.replies[0])]
+    assert 130 < len(again) < 200 and len(captions) > len(again) + 60
+    for a in captions:
+        assert {thing.get("shape") for thing in parse(a.replies[0]).objects} - {"circle", "square", "cross"} <= set(re.findall("[a-z]+", a.prompt))      # but for the three with synonyms
 
 
 def test_texts_and_videos_make_batches():

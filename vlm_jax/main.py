@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             if config is None:
                 raise ConfigError("--config is missing; start with --config=configs/coca.py")
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(no_field(error, argv) or explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
         if TOPOLOGY.value and not COMPILE_ONLY.value:
@@ -157,6 +157,17 @@ def main(argv: list[str] | None = None) -> int:
     if watchdog is not None:
         watchdog.leave(code, said)
     return code
+
+
+def no_field(error: BaseException, argv: list[str]) -> str:
+    """What to say of --config.FIELD=VALUE where the config has no such field, "" of other errors: ml_collections tells the last name alone."""
+    name = re.match(r"\W*(\w+)", str(error))
+    if not isinstance(error, (KeyError, AttributeError)) or not name:
+        return ""
+    typed = [m[1] for arg in argv if (m := re.match(r"--?config\.([\w.\[\]]+)", arg)) and name[1] in re.split(r"\W+", m[1])]
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    return typed and (f"--config.{typed[0]}: the config has no field {name[1]!r}" + (f"; nearest: {near[1]!r}" if near else
+                      ": what a config file leaves to its default is set there, not on the command line")) or ""
 
 
 def explain(error: BaseException) -> str:

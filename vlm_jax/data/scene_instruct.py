@@ -12,7 +12,7 @@ vqg          a question whose answer is given
 dialogue     two or three questions in turn, of which the last says "it"
 choice       a question with four answers to choose from
 video        eight frames in which one object moves: which way, or which one
-text         no picture: sentences about a scene, and its description followed by one of the tasks above, for models of language alone
+text         no picture: a scene in words, or its keywords, and then a caption, a description or one of the tasks above, for models of language alone
 ============ ============================================================================================================
 
 Questions are drawn so that their words say little of the answer (``tests/test_scene_instruct.py`` counts what the best guess by the words reaches). An
@@ -272,9 +272,29 @@ def _apart(thing: Thing, radius: float, start: tuple[float, float], end: tuple[f
     return bool((np.hypot(*(way - (thing.x, thing.y)).T) >= thing.radius + radius + 0.02).all())
 
 
+def keywords(rng, scene: Scene) -> str:
+    """The attributes of each object in any order, and where the others are seen from the first."""
+    things = shuffled(rng, range(len(scene.objects)))
+    first = scene.objects[things[0]]
+    said = [" ".join(shuffled(rng, [t.size, t.colour, t.fill, t.shape])) for t in (scene.objects[i] for i in things)]
+    return ", ".join(said + [f"{first.shape} {scene.relation(things[0], i)} {scene.objects[i].shape}" for i in things[1:]])
+
+
+def _told(rng, scene: Scene) -> str:
+    if rng.random() < 0.5:
+        return keywords(rng, scene)
+    return pick(rng, (canonical, lambda s: caption(s, seed=1 + int(rng.random() * 9), canonical_share=0.0), detailed))(scene)
+
+
 def _text(rng, scene: Scene) -> Asked | None:
-    if rng.random() < 0.4:
-        return Asked("", (detailed(scene) if rng.random() < 0.5 else caption(scene),), "")
+    """Three in eight say a caption again, three tell the scene in other words, two do a task with a description before it. No sentence stands alone: from
+    those a small model learns what is usual, and not to look back, which is all that what comes before it in place of a picture can be used by."""
+    drawn = rng.random()
+    if drawn < 0.75:
+        again, short = drawn < 0.375, rng.random() < 0.7
+        reply = caption(scene) if again or short else detailed(scene)
+        words = pick(rng, templates.TEMPLATES["scenes_caption" if again or short else "scenes_detail"]).text
+        return Asked(f"{reply if again else _told(rng, scene)} {words}", (reply,), "")
     asked = TASKS[pick(rng, ALL)](rng, scene)
     if asked is None:
         return None

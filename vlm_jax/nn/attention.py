@@ -103,10 +103,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
                           cuda_capability() if backend == "gpu" else None)
     _log_once(name, reason)
     if name == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal == "causal", implementation="cudnn")
+        return attend_even(q, k, v, causal)
     if name == "pallas":
         return per_device(functools.partial(attend_padded, causal=causal))(q, k, v)
     return attend_xla(q, k, v, mask, causal)
+
+
+def attend_even(q: jax.Array, k: jax.Array, v: jax.Array, causal: str = "none") -> jax.Array:
+    """cuDNN's kernel, which has a gradient for even lengths alone: odd ones get a row, or a key that no row looks at, more. Shapes as ``attend``."""
+    rows, keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    hidden = keys % 2 and (causal == "none" or rows > keys)      # else what is causal hides it
+    lengths = dict(key_value_seq_lengths=jnp.full(len(k), keys, jnp.int32)) if hidden else {}
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal == "causal", implementation="cudnn", **lengths)[:, :rows]
 
 
 def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, causal: str = "none",
