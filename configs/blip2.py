@@ -41,6 +41,8 @@ EYE_FROZEN, BOTH_FROZEN, LANGUAGE_FROZEN = (r"(?!image/).*",), (r"(?!(image|lang
 RERANK = dict(kind="rerank", options=dict(k=128, score="match+cosine"))      # lavis/projects/blip2/eval/ret_coco_eval.yaml
 # What is frozen lies in these in fine-tuning on a card. By the compiler all 64 rows of a step pass at once (docs/results.md, "Fine-tuning on one card")
 FROZEN, ON_ONE_CARD = {"24gb": "bfloat16", "16gb": "int8"}, ("opt2.7b", "flant5xl")
+# Section 3.2: the encoder reads the beginning of a caption and the decoder writes the rest; where it is cut is not told. The released code does not cut
+T5, HALVES = ("flant5xl", "flant5xxl"), dict(layout="apart", prompt_length=32, prefix="words")
 PROMPTS = {"opt": "Question: {q} Answer:", "t5": "Question: {q} Short answer:"}      # section 4.1
 # lavis/projects/blip2/eval/caption_coco_*.yaml, and what the captioning task passes where the yaml is silent
 BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty=0.0, repetition_penalty=1.15)
@@ -58,7 +60,8 @@ def get_config(arg=""):
     seen = (("image/position_embed", f"{args.eye}:", resize), ("image/.*", f"{args.eye}:", "copy")) if args.eye else ()
     pretrain, generate = pretrain_of(args.vit, args.res or 224, args.eye, args.bert), generate_of(args.vit, args.size, args.res or 224, args.language)
     after = {name: seen + (() if seen else (("image/position_embed", f"@{name}:", resize),)) + (f"@{name}",) for name in ("pretrain", "generate")}
-    return c.stages(("pretrain", "generate"), pretrain=pretrain, generate=generate, caption=caption(generate, args.res or 364, after["generate"]),
+    halved = dict(generate, data=dict(generate["data"], **(HALVES if args.size in T5 else {})))
+    return c.stages(("pretrain", "generate"), pretrain=pretrain, generate=halved, caption=caption(generate, args.res or 364, after["generate"]),
                     vqa=vqa(generate, args.res or 364, after["generate"]), retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
 
 
@@ -165,7 +168,7 @@ def generate_of(vit, size, res, language):
     given = (("language/.*", f"{language}:", "copy"),) if language else (("language/.*", "fresh", "copy"),)
     return c.stage(
         system="blip2", model=dict(model, language=dict(tower, remat="full"), tokens=tokens, end=end),
-        loss=dict(weights=dict(lm=1.0), cut="random" if tower["family"] == "t5" else "whole"),
+        loss=dict(weights=dict(lm=1.0)),
         trainable=BOTH_FROZEN, frozen_dtype="bfloat16", init=(*given, ("projection/.*", "fresh", "copy"), "@pretrain"), optim=dict(optim, end_lr=5e-5),
         data=dict(data, batch=batch), evals=dict(caption=dict(kind="caption", options=BEAMS, every=0)), steps=80_000,
         checkpoint=dict(every=5000, keep=3), rules="fsdp")

@@ -138,7 +138,7 @@ def instruct(size, res, start, words, bert, root):
     if vicuna:
         model |= dict(language=dict(VICUNA[size], remat="full"), tokens=VICUNA_TOKENS, first=1)
     data = dict(base["data"], train=held_in(root) if root else "", eval=f"published:vqav2:val:{root}/vqa" if root else "",
-                mixture="sqrt" if root else "", batch=BATCHES[size], size=res, text_clean="", layout="joined" if vicuna else "apart", prompt_length=128,
+                mixture="sqrt" if root else "", batch=BATCHES[size], size=res, text_clean="", layout="joined" if vicuna else "apart", prefix="", prompt_length=128,
                 length=256, instruction_length=128 if bert else 0, instruction_tokenizer=f"bert:{bert}" if bert else "", templates="task",
                 marks=VICUNA_MARKS if vicuna else {})
     evals = dict(vqav2=dict(ANSWER, examples=5000, every=3000), **held_out(root)) if root else {}

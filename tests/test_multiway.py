@@ -53,6 +53,17 @@ def test_segments_go_through_their_own_expert_and_back_to_their_places():
         np.testing.assert_allclose(run(stack, same, X, layout), run(stack, same, X, one("text", 8)), atol=1e-5)
 
 
+def test_a_token_mask_chooses_experts():
+    """CogVLM's mask, [F, T, T..T, F..F]: each token is what its own expert makes of it, in one layer, where nothing before differs."""
+    mask = np.array([False, True, True, True, True, False, False, False])
+    layout = Layout.of(mask)
+    assert layout.segments == (("text", 1), ("image", 4), ("text", 3)) and layout.length == 8
+    stack, params = made(layout, layers=1)
+    text, image = (run(stack, params, X, one(name, 8)) for name in ("text", "image"))
+    np.testing.assert_allclose(run(stack, params, X, layout), np.where(mask[:, None], image, text), atol=1e-5)
+    assert np.abs(text - image).max() > 1e-2
+
+
 def test_where_nothing_is_split_layouts_say_nothing():
     stack, params = made(BOTH, feed_forward="shared")
     assert not [p for p in params if "/text/" in p or "/image/" in p] and {"mlp/all/up/kernel", "norm2/all/scale", "attn/all/query/kernel"} <= set(params)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,6 +39,12 @@ DROPS = ("sequence", "expert")
 class Layout:
     """Segments of a sequence in order: (expert, number of tokens). An expert may come more than once."""
     segments: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, mask: Sequence[bool], experts: tuple[str, str] = ("text", "image")) -> Layout:
+        """The layout of a token mask, alike for all rows: where it is False the first expert computes, where it is True the second (CogVLM's text and image
+        experts: False for <bos>, True for the image, False for what is said of it)."""
+        return cls(tuple((experts[bool(on)], len(list(run))) for on, run in itertools.groupby(mask)))
 
     @property
     def length(self) -> int:

@@ -31,7 +31,6 @@ from vlm_jax.system import Batch, Cacheable, Context, Output, System, Variables,
 
 ITC, ITM, ITG, LM = "itc", "itm", "itg", "lm"
 STAGE1 = (ITC, ITM, ITG)
-CUTS = ("whole", "random")
 EYES = ("image", "images", "image_states")      # keys of a batch, one of which says what is looked at
 RULES = ("sum", "mean", "official")
 ANSWERING = ("generate", "rank")
@@ -193,20 +192,18 @@ def build_model(*, image: dict, qformer: dict, tokens: dict, size: int, terms: t
                  prompt=() if isinstance(prompt, str) else tuple(prompt), first=first, eps=eps, dtype=dtype)
 
 
-def build_loss(*, weights: dict, negatives: str = "hard", targets: str = "pairs", gathered: str = "constant", label_smoothing: float = 0.1,
-               cut: str = "whole") -> dict[str, Any]:
+def build_loss(*, weights: dict, negatives: str = "hard", targets: str = "pairs", gathered: str = "constant", label_smoothing: float = 0.1
+               ) -> dict[str, Any]:
     """The ``loss`` section, checked.
 
     weights: of ``itc``, ``itm`` and ``itg``, or of ``lm``; the model has no parts for those that are left out or 0. negatives: "hard" (by similarity) or
     "random". targets: "pairs", or "images": texts of the same image are positives and no negatives. gathered: see
-    ``losses.query_contrastive``. label_smoothing: of itc and itg. cut, where the language model has an encoder: it reads the prompt and its decoder the
-    "whole" caption (as released), or a caption is cut at a "random" place, the encoder reads what comes before and the decoder writes the rest (as
-    published, where the rule is not told: places are equally likely).
+    ``losses.query_contrastive``. label_smoothing: of itc and itg.
     """
-    for name, value, valid in (("negatives", negatives, NEGATIVES), ("targets", targets, TARGETS), ("gathered", gathered, GATHERED), ("cut", cut, CUTS)):
+    for name, value, valid in (("negatives", negatives, NEGATIVES), ("targets", targets, TARGETS), ("gathered", gathered, GATHERED)):
         if value not in valid:
             raise ConfigError(f"loss.{name}={value!r} is not known{nearest(value, valid)}")
-    return dict(weights=weights, negatives=negatives, targets=targets, gathered=gathered, label_smoothing=label_smoothing, cut=cut)
+    return dict(weights=weights, negatives=negatives, targets=targets, gathered=gathered, label_smoothing=label_smoothing)
 
 
 def build(config: Any) -> System:
@@ -216,8 +213,6 @@ def build(config: Any) -> System:
     if not terms:
         raise ConfigError("loss.weights is empty; nearest: dict(itc=1.0, itm=1.0, itg=1.0) or dict(lm=1.0)")
     model = configs.call(build_model, config.model, "model", size=config.data.size, terms=terms)
-    if o["cut"] != "whole" and not isinstance(model.language, t5.T5):
-        raise ConfigError(f"loss.cut={o['cut']!r}: only a language model with an encoder reads half of a caption; nearest: 'whole'")
     asked = {k: w for k, w in o["weights"].items() if wanted(o["weights"], k)}
 
     def init(key, spec):
@@ -381,14 +376,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             mask = mask & ~(last & (ids == eos) & (jnp.arange(ids.shape[1]) > 0))
         return languages.to_the_right(ids, mask)
 
-    def halves(ids: jax.Array, mask: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
-        """Captions [b, l] cut at ``place`` [b]: (what comes before, with an end, its mask, what comes after, its mask)."""
-        at, place = jnp.arange(ids.shape[1]), place[:, None]
-        kept = place + at < mask.sum(1, keepdims=True)
-        after = jnp.take_along_axis(ids, jnp.minimum(place + at, ids.shape[1] - 1), 1)
-        return jnp.where(at == place, eos, ids), at <= place, jnp.where(kept, after, tokens["pad"]), kept
-
-    def lesson(batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
+    def lesson(batch: Batch) -> dict[str, jax.Array]:
         """What is learned from a batch: ``prompt``, ``prompt_mask`` (or neither), ``ids``, ``mask``, ``target`` [r, l] and the ``weight`` of each row; r is b,
         or b * a for questions with a answers."""
         if "answer_weight" in batch:
@@ -409,12 +397,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
             told = prompt_ids()
             ids, mask = languages.after_first(told, ids), languages.after_first((True,) * len(told), mask)
             return dict(ids=ids, mask=mask, target=mask & (jnp.arange(ids.shape[1]) >= (len(told) + 1 if told else 0)))
-        if o["cut"] == "whole":
-            prompt, prompt_mask = opened(rows)
-            return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
-        most = jnp.maximum(mask.sum(1) - 1, 1)      # at least one piece stays to be written
-        place = most // 2 if key is None else jax.random.randint(key, (rows,), jnp.minimum(1, most - 1), most)
-        prompt, prompt_mask, ids, mask = halves(ids, mask, place)
+        prompt, prompt_mask = opened(rows)
         return dict(prompt=prompt, prompt_mask=prompt_mask, ids=ids, mask=mask, target=mask)
 
     def prefix_of(variables: Variables, batch: Batch, context: Context | None = None) -> jax.Array:
@@ -428,7 +411,7 @@ def second_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, 
         return prefix.reshape(next(len(batch[name]) for name in EYES if name in batch), -1, prefix.shape[-1])
 
     def loss(variables: Variables, carry, batch: Batch, context: Context):
-        learned = lesson(batch, context.key("cut") if context.train else None)
+        learned = lesson(batch)
         weight = learned.pop("weight", None)
         target = learned.pop("target")
         images = {k: batch[k] for k in (*EYES, "instruction", "instruction_mask") if k in batch}
