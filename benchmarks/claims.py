@@ -159,7 +159,7 @@ IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("l
 SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),
         **stage("generate", **BRIDGE, steps=SECOND_STEPS, init=(LANGUAGE_RULE, NEW_PROJECTION, FIRST), evals=evals("scenes:test", caption={}),
                 **{"data.prompt_length": 4})}
-WRITTEN = {"exact captions": "caption/facts/exact", "true relations": "caption/facts/relations", "CIDEr-D": "caption/CIDEr-D"}
+WRITTEN = {"exact captions": "caption/facts/exact", "true objects": "caption/facts/objects", "true relations": "caption/facts/relations", "CIDEr-D": "caption/CIDEr-D"}
 QUERIES = (2, 8, 32)
 LANGUAGE_STILL = (r"(?!language/).*",)
 TYPES, NEW_TYPES = "count+colour+relation+existence", "comparison"

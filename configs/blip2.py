@@ -98,7 +98,7 @@ def scenes(res):
     pretrain = c.stage(
         **own, model=dict(seen, qformer=dict(FORMER, positions=64), embed=64, temp=0.07, tokens=dict(tokens, dec=-1)),
         loss=dict(weights=dict(itc=1.0, itm=1.0, itg=1.0), label_smoothing=0.1), trainable=EYE_FROZEN, init=(("image/.*", "@eye:", "copy"),),
-        data=data, steps=300,
+        data=data, steps=200,
         evals=dict(retrieval=dict(kind="retrieval", examples=1000, options=dict(captions="first")),
                    rerank=dict(RERANK, examples=300, options=dict(RERANK["options"], captions="first", k=16)), **captions))
 
@@ -107,7 +107,7 @@ def scenes(res):
             **dict(own, optim=dict(MUON, muon_lr=0.005)), model=dict(seen, qformer=FORMER, language=tower, tokens=tokens),
             loss=dict(weights=dict(lm=1.0)), trainable=BOTH_FROZEN,
             init=(("language/.*", f"@{origin}:", "copy"), ("projection/.*", "fresh", "copy"), "@pretrain"),
-            data=dict(data, **PROMPTED, layout=layout, templates="scenes_caption"), steps=800,
+            data=dict(data, **PROMPTED, layout=layout, templates="scenes_caption"), steps=600,
             evals=dict(captions, questions=dict(QUESTION, examples=500, data=ASKED)))
 
     first = dict(eye=eye, language=language(DECODER, "joined"), pretrain=pretrain,
@@ -116,7 +116,7 @@ def scenes(res):
     spoken = first["generate"]
     # Section 4.3 of the paper: the queries read the question too
     vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(WORDS, "@generate"),
-               trainable=LANGUAGE_FROZEN, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
+               trainable=LANGUAGE_FROZEN, steps=300, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
                data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", templates=(QUESTION["template"],),
                          instruction_tokenizer="scenes_instruct", instruction_length=24))
     tuned = dict(optim=dict(MUON, lr=5e-4, muon_lr=5e-3), model="init", steps=200)

@@ -1,5 +1,6 @@
 """What a program asks of a chip, counted in traced and compiled programs whose needs are known; topologies that are not there."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import scaling
@@ -156,6 +158,24 @@ def test_a_topology_that_is_none(topology, word):
 def test_without_the_compiler_its_installation_is_named():
     with pytest.raises(ConfigError, match=r"pip install -e \"\.\[tpu\]\""):
         forecast.absent_devices("v5e:2x4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU that is not here."""
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+
+
+def test_a_mesh_may_divide_an_axis_of_a_torus():
+    chips = [Chip(i, tuple(map(int, at))) for i, at in enumerate(np.ndindex(4, 4, 4))]
+    mesh = partitioning.make_mesh("fsdp_tp", tensor=2, fsdp=32, devices=chips)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "tensor": 2} and len({c.id for c in mesh.devices.flat}) == 64
 
 
 ABSENT = """

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.errors import nearest
@@ -90,11 +90,11 @@ def make_mesh(rules: str = "dp", data: int = 0, fsdp: int = 0, tensor: int = 0,
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes = mesh_sizes(rules, len(devices), slices, data, fsdp, tensor)
     shape, types = tuple(sizes[a] for a in MESH_AXES), (AxisType.Auto,) * 3
+    split = dict(allow_split_physical_axes=True)      # 128 x 4 on a v5p of 8 x 8 x 8 divides one of its axes
     if slices > 1:      # what crosses from slice to slice is the slowest: sums over "data" alone
-        from jax.experimental import mesh_utils
         inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), MESH_AXES, axis_types=types)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split), MESH_AXES, axis_types=types)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, **split), MESH_AXES, axis_types=types)
 
 
 def use(mesh: Mesh):
