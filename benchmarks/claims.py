@@ -153,7 +153,7 @@ MASKED = {"stage_order": ("pretrain", "itc"),
 # for a seed.
 BLIP2, INSTRUCTBLIP = "configs/blip2.py", "configs/instructblip.py"
 BRIDGE = {"checkpoint.every": 10_000}
-FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 500, 500
+FIRST_STEPS, SECOND_STEPS, INSTRUCT_STEPS = 200, 300, 300
 EYE, LANGUAGE, FIRST = "{made}/towers/1_eye", "{made}/towers/2_language", "{made}/{seed}/3_pretrain"
 IMAGE_RULE, LANGUAGE_RULE, NEW_PROJECTION = ("image/.*", f"{EYE}:", "copy"), ("language/.*", f"{LANGUAGE}:", "copy"), ("projection/.*", "fresh", "copy")
 SEEN = {**stage("pretrain", **BRIDGE, steps=FIRST_STEPS, init=(IMAGE_RULE,), evals={}),
