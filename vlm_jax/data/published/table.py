@@ -3,32 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from vlm_jax.data.published import captions, choices, dialogues, questions, videos
-from vlm_jax.data.published.reader import Reader
-
-
-class DataSet(NamedTuple):
-    """title: as its authors call it. task: of ``templates.TEMPLATES``, "" where the data set has its own instructions.
-    splits: for each split the names of its files, "a|b" for the first that is there. images: for each split the folders that its images may lie in.
-    within: more folders that its files may lie in. group, held: InstructBLIP's group of tasks, and whether it trains on the set ("in") or is tested on
-    it unseen ("out"). evaluator, metric: what it is measured by. samples: what the paper counts, for the shares of a mixture; 0 where it has no count.
-    labels: the words that may stand for each label, its name first. video: images are folders of frames.
-    """
-    title: str
-    reader: type[Reader]
-    task: str
-    splits: Mapping[str, tuple[str, ...]]
-    images: Mapping[str, tuple[str, ...]]
-    group: str
-    held: str
-    evaluator: str
-    metric: str
-    samples: int = 0
-    within: tuple[str, ...] = ()
-    labels: tuple[tuple[str, ...], ...] = ()
-    video: bool = False
+from vlm_jax.data.published.reader import DataSet
 
 
 def _each(splits: str, *names: str) -> dict[str, tuple[str, ...]]:
