@@ -11,10 +11,12 @@ python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,eye=EYE,bert=BERT,langu
     A published size (opt2.7b opt6.7b flant5xl flant5xxl; "vit=clip_l14" is the smaller eye) by the paper's recipe: pretrain teaches
     the Q-Former beside the eye, generate teaches it to speak to the language model. EYE, BERT and OPT are imported directories (releases
     eva, hf_bert, hf_opt or hf_t5, the language model with --dtype=bfloat16); what is left out is fresh.
-python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,eye=EYE --stage=caption --config.stages.caption.init=DIR ...
-    Captions (caption) and questions (vqa) after generate, image-text retrieval (retrieval) after pretrain, at 364 pixels with the eye
-    unfrozen. DIR: a stage, or a LAVIS file imported with --release=blip2 --src=blip2_pretrained_opt2.7b.pth --image=eva_vit_g.pth
-    --language=OPT_FROM_THE_HUB.
+python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,eye=EYE,start=DIR --stage=caption --config.stages.caption.data.train=...
+python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,eye=EYE,start=DIR,words=FIRST,bert=BERT --stage=vqa --config.stages.vqa.data.train=...
+    Captions (caption) and questions (vqa, which the queries read too) after the second stage, DIR, image-text retrieval (retrieval) after the first, FIRST, at
+    364 pixels with the eye unfrozen. Both: a stage, or a LAVIS file imported with --release=blip2 --src=blip2_pretrained_opt2.7b.pth --image=eva_vit_g.pth
+    --language=OPT_FROM_THE_HUB (FIRST: blip2_pretrained.pth, without a language model). BERT/tokenizer (imported with --tokenizer=bert:vocab.txt) reads the
+    questions.
 python -m vlm_jax.main --config=configs/blip2.py:opt2.7b,finetune,24gb,start=DIR \\
     --config.stages.caption.data.train=folder:photos --config.stages.caption.data.eval=folder:photos_val
 python -m vlm_jax.main --config=configs/blip2.py:flant5xl,finetune,16gb,tune=lora,start=DIR --stage=vqa \\
@@ -50,7 +52,7 @@ BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty
 
 def get_config(arg=""):
     args = c.parse_arg(arg, size=("", "scenes", *LANGUAGES), job=("", "finetune"), memory=tuple(FROZEN), tune=("qformer", "lora"), vit=tuple(EYES), res=0,
-                       eye="", bert="", language="", start="")
+                       eye="", bert="", language="", start="", words="")
     if args.job == "finetune":
         return on_one_card(args.size or "opt2.7b", args.memory, args.tune, args.start)
     if args.size in ("", "scenes"):
@@ -59,10 +61,11 @@ def get_config(arg=""):
     resize = EYES[args.vit][2]
     seen = (("image/position_embed", f"{args.eye}:", resize), ("image/.*", f"{args.eye}:", "copy")) if args.eye else ()
     pretrain, generate = pretrain_of(args.vit, args.res or 224, args.eye, args.bert), generate_of(args.vit, args.size, args.res or 224, args.language)
-    after = {name: seen + (() if seen else (("image/position_embed", f"@{name}:", resize),)) + (f"@{name}",) for name in ("pretrain", "generate")}
+    origin = {"pretrain": args.words or "@pretrain", "generate": args.start or "@generate"}
+    after = {name: seen + (() if seen else (("image/position_embed", f"{start}:", resize),)) + (start,) for name, start in origin.items()}
     halved = dict(generate, data=dict(generate["data"], **(HALVES if args.size in T5 else {})))
     return c.stages(("pretrain", "generate"), pretrain=pretrain, generate=halved, caption=caption(generate, args.res or 364, after["generate"]),
-                    vqa=vqa(generate, args.res or 364, after["generate"]), retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
+                    vqa=vqa(pretrain, generate, args.res or 364, (words_of(origin["pretrain"]), *after["generate"]), args.bert), retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
 
 
 # ---- scenes: an eye and two language models first, as there are none to take
@@ -74,7 +77,6 @@ MUON = dict(name="muon", lr=3e-3, muon_scale="width", b1=0.9, b2=0.98, momentum=
             muon_exclude=(r"(.*/)?(table|queries|position_embed|\w+_positions|lm_head/.*)",))
 # What a question takes, and a description with a question behind it
 PROMPTED, DESCRIBED = dict(prompt_length=24, length=32), dict(prompt_length=60, length=40)
-WORDS = (r"qformer/((token|position)_embed.*|.*/text/.*)", "@pretrain:", "copy")      # of the Q-Former, which the second stage drops
 FORMER = dict(variant="mini", queries=24)      # as many as a caption has words
 DECODER, ENCODER = dict(family="opt", variant="mini", positions=160), dict(family="t5", variant="mini")
 
@@ -115,7 +117,7 @@ def scenes(res):
     second = dict(language_t5=language(ENCODER, "apart"), generate_t5=generate(ENCODER, "language_t5", "apart"))
     spoken = first["generate"]
     # Section 4.3 of the paper: the queries read the question too
-    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(WORDS, "@generate"),
+    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(words_of("@pretrain"), "@generate"),
                trainable=LANGUAGE_FROZEN, steps=300, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
                data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", templates=(QUESTION["template"],),
                          instruction_tokenizer="scenes_instruct", instruction_length=24))
@@ -188,11 +190,23 @@ def caption(start, res, init):
                  evals=dict(caption=dict(kind="caption", options=BEAMS, every="1epoch")))
 
 
-def vqa(start, res, init):
-    """No code of it was released; rates and epochs are those of captioning. One answer to a question, the likeliest."""
+def words_of(first):
+    """The Q-Former's words, which the second stage drops, from the first stage."""
+    return r"qformer/((token|position)_embed.*|.*/text/.*)", f"{first}:", "copy"
+
+
+def asked(family):
+    """Questions as a language model of this family gets them; one answer, as often as people gave it."""
+    return dict(text_clean="blip_question", layout="apart" if family == "t5" else "joined", templates=(PROMPTS[family],), prompt_length=32, length=12)
+
+
+def vqa(first, start, res, init, bert):
+    """Section 4.3: the queries read the question too. No code of it was released; rates and epochs are those of captioning."""
+    family = start["model"]["language"]["family"]
     return tuned(start, res, init, 256, 5, trainable=LANGUAGE_FROZEN, loss=dict(weights=dict(lm=1.0)),
-                 data=dict(text_clean="blip_question", answers=1, answer_length=10),
-                 evals=dict(vqa=dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch")))
+                 model=dict(qformer=first["model"]["qformer"], instruction_tokens=dict(vocab=30523, bos=101, eos=102, pad=0)),
+                 data=dict(asked(family), instruction_tokenizer=f"{bert}/tokenizer" if bert else "", instruction_length=32 if bert else 0),
+                 evals=dict(vqa=dict(kind="vqa", template=PROMPTS[family], options=dict(method="generate", beams=5), every="1epoch")))
 
 
 def retrieval(start, res, init):
@@ -221,9 +235,8 @@ def on_one_card(size, memory, tune, start):
     data = dict(base["data"], batch=64, augment="squash", cache_features="features", threads=4, block=1, window=1,
                 tokenizer=f"{start}/tokenizer" if start else "")
     captions, answers = dict(kind="caption", options=BEAMS, every="1epoch", batch=8), dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch", batch=8)
-    asked = dict(text_clean="blip_question", layout="apart" if family == "t5" else "joined", templates=(PROMPTS[family],), prompt_length=32, length=12)
     return c.stages(
         ("caption",), generate=base,
         caption=c.stage(**dict(shared, model=dict(model, prompt="a photo of"), data=data, evals=dict(caption=captions), select=dict(metric="caption/CIDEr-D"))),
-        vqa=c.stage(**dict(shared, model=model, data=dict(data, **asked), evals=dict(vqa=dict(answers, template=PROMPTS[family])),
+        vqa=c.stage(**dict(shared, model=model, data=dict(data, **asked(family)), evals=dict(vqa=dict(answers, template=PROMPTS[family])),
                            select=dict(metric="vqa/accuracy"))))

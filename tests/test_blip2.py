@@ -572,3 +572,13 @@ def test_rankings_take_the_nearest_of_an_images_vectors(opened):
     np.testing.assert_array_equal(best, np.argsort(-wanted.T, axis=1))
     np.testing.assert_allclose(similar, -np.sort(-wanted.T, axis=1))
     assert ranks.min() >= 1
+
+
+@pytest.mark.parametrize("size, layout, words", [("opt2.7b", "joined", "Question: {q} Answer:"), ("flant5xl", "apart", "Question: {q} Short answer:")])
+def test_published_questions_are_worded_as_in_the_paper_and_read_by_the_queries(size, layout, words):
+    section = section_of(f"{size},start=SECOND,words=FIRST,bert=BERT", "vqa")
+    assert (section.data.layout, tuple(section.data.templates), section.evals.vqa.template) == (layout, (words,), words)
+    rules = [tuple(rule) if not isinstance(rule, str) else rule for rule in section.init]
+    assert weight_rules.first_match(rules[:-1], "qformer/token_embed/table")[1].startswith("FIRST:") and rules[-1] == "SECOND"
+    section.data.update(instruction_tokenizer="", instruction_length=0)
+    assert stages.resolve(section, "vqa").system.model.qformer.vocab == 30523
