@@ -1,9 +1,9 @@
 """BEiT-3: image as a foreign language (arXiv 2208.10442).
 
 python -m vlm_jax.main --config=configs/beit3.py
-    The embedded preset on procedural scenes (its four stages have only run in short, 20 steps each): a small CLIP, the VQ-KD tokenizer of images that
-    learns from it (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning. ":targets=colours" needs no tokenizer: masked patches are
-    told as bins of their mean colour.
+    The embedded preset on procedural scenes, seven minutes on 2 CPU cores: a small CLIP, the VQ-KD tokenizer of images that learns from it
+    (configs/vqkd.py), masked data modelling of a small tower, contrastive tuning (R@1 .21 among 1,000 unseen scenes; docs/results.md). ":targets=colours"
+    needs no tokenizer: masked patches are told as bins of their mean colour.
 python -m vlm_jax.main --config=configs/beit3.py --stage=vqa
     What it is tuned to from there: retrieval, vqa, nlvr, caption.
 python -m vlm_jax.main --config=configs/beit3.py:base,tokenizer=DIR --config.stages.pretrain.data.train='tars:/data/{0000..0999}.tar' \\

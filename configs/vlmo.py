@@ -1,8 +1,8 @@
 """VLMo: unified vision-language pre-training with mixture-of-modality-experts (arXiv 2111.02358).
 
 python -m vlm_jax.main --config=configs/vlmo.py
-    The embedded preset: images alone, texts alone, both together, on procedural scenes. It has not been run to its end yet: no scores.
-    What was tried on the way to its rates: docs/results.md.
+    The embedded preset: images alone, texts alone, both together, on procedural scenes, six and a half minutes on 2 CPU cores: among 500 unseen scenes R@1
+    .47 text to image, .48 image to text (docs/results.md).
 python -m vlm_jax.main --config=configs/vlmo.py:base,vision=BEIT --config.stages.language.data.train=... --config.stages.joint.data.train=... \\
     --config.stages.language.data.tokenizer=bert:vocab.txt --config.stages.joint.data.tokenizer=bert:vocab.txt
     The paper's sizes (base, base_plus, large) and recipe. BEIT: a directory imported with --release=beit; without it the first stage is trained
