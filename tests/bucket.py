@@ -58,6 +58,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_PUT(self):
         _, key, _ = self.target()
         data = self.body()
+        if self.server.hold and re.search(self.server.hold, key):
+            self.server.held.set()
+            self.server.released.wait()
+            self.close_connection = True
+            return
         with self.server.lock:
             if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
                 self.answer(412, b"<Error><Code>PreconditionFailed</Code><Message>At least one of the pre-conditions did not hold</Message></Error>")
@@ -85,10 +90,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving():
-    """The server, with ``objects`` (key -> bytes), and ``writes`` and ``ranges`` as they came; the environment names it."""
+    """The server, with ``objects`` (key -> bytes), and ``writes`` and ``ranges`` as they came; the environment names it. Where ``hold`` (a regex)
+    finds a key that is being written, ``held`` is set, and nobody is answered until ``released``, nor anything written."""
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (pip install -e '.[test]')")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.objects, server.writes, server.ranges, server.lock = {}, [], [], threading.Lock()
+    server.hold, server.held, server.released = "", threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     names = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
     before = {name: os.environ.get(name) for name in names}

@@ -232,7 +232,7 @@ def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
 # ---------------------------------------------------------------- folders apart
 
 _root: Path | None = None
-_bring: Callable[[Path], None] = lambda directory: None
+_bring: Callable[[Path], None] | None = None
 
 
 @contextlib.contextmanager
