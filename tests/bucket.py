@@ -1,6 +1,7 @@
 """A bucket on loopback: as much of S3 as s3fs asks for to read, write, list and delete, conditional writes among it."""
 
 import contextlib
+import hashlib
 import http.server
 import os
 import re
@@ -12,6 +13,10 @@ import pytest
 KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
+def tag(data):
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -20,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "ETag": '"0"', **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), "ETag": tag(body), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -38,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prefix, cut = asked.get("prefix", ""), asked.get("delimiter")
             names = sorted(k for k in list(objects) if k.startswith(prefix))
             below = sorted({prefix + k[len(prefix):].split(cut)[0] + cut for k in names if cut and cut in k[len(prefix):]})
-            rows = "".join(f"<Contents><Key>{k}</Key><Size>{len(objects[k])}</Size><ETag>0</ETag><LastModified>2024-01-01T00:00:00.000Z</LastModified>"
+            rows = "".join(f"<Contents><Key>{k}</Key><Size>{len(objects[k])}</Size><ETag>{tag(objects[k])}</ETag><LastModified>2024-01-01T00:00:00.000Z</LastModified>"
                            "</Contents>" for k in names if not (cut and cut in k[len(prefix):]) and k in objects)
             rows += "".join(f"<CommonPrefixes><Prefix>{k}</Prefix></CommonPrefixes>" for k in below)
             self.answer(200, f"<ListBucketResult><Name>{bucket}</Name><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode())
@@ -49,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             first, last = int(match[1]), min(int(match[2]), len(data) - 1)
             self.server.ranges.append(key)
-            self.answer(206, data[first:last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}")
+            self.answer(206, data[first:last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", ETag=tag(data))
         else:
             self.answer(200, data, Last_Modified="Mon, 01 Jan 2024 00:00:00 GMT", Accept_Ranges="bytes")
 
@@ -62,6 +67,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.held.set()
             self.server.released.wait()
             self.close_connection = True
+            return
+        if self.server.refuse:
+            self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
             return
         with self.server.lock:
             if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
@@ -91,11 +99,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving():
     """The server, with ``objects`` (key -> bytes), and ``writes`` and ``ranges`` as they came; the environment names it. Where ``hold`` (a regex)
-    finds a key that is being written, ``held`` is set, and nobody is answered until ``released``, nor anything written."""
+    finds a key that is being written, ``held`` is set, and nobody is answered until ``released``, nor anything written; ``refuse``: no write is allowed."""
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (pip install -e '.[test]')")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.objects, server.writes, server.ranges, server.lock = {}, [], [], threading.Lock()
-    server.hold, server.held, server.released = "", threading.Event(), threading.Event()
+    server.refuse, server.hold, server.held, server.released = False, "", threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     names = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
     before = {name: os.environ.get(name) for name in names}

@@ -11,6 +11,7 @@ import pytest
 from tests import bucket as s3
 from vlm_jax import bucket
 from vlm_jax.errors import ConfigError
+from vlm_jax.train import checkpoint
 from vlm_jax.train.checkpoint import MANIFEST
 
 ADDRESS = "s3://runs/clip"
@@ -42,6 +43,23 @@ def opened(folder, **options):
     mirror.acquire()
     mirror.fetch()
     return mirror
+
+
+def opened_by_two(folder):
+    mirrors = [bucket.Mirror(ADDRESS, folder / str(process), process=process, count=2) for process in (0, 1)]
+    mirrors[0].acquire()
+    for mirror in mirrors:
+        mirror.turn = mirrors[0].turn
+        mirror.fetch()
+    return mirrors
+
+
+def save_part(folder, step, process, save="x", text="of"):
+    """What a process leaves of a checkpoint in a folder of its own (``train.checkpoint``)."""
+    whole = folder / str(process) / "1_a" / "checkpoints" / str(step)
+    write(whole / f"ocdbt.process_{process}", data=f"{text} {step} by {process}")
+    checkpoint._commit(whole, {"format": checkpoint.FORMAT, "step": step, "leaves": {}, "extra": None, "save": save}, checkpoint.part(process))
+    return whole
 
 
 def test_a_checkpoint_counts_there_once_its_manifest_does(server, tmp_path):
@@ -110,6 +128,78 @@ def test_a_number_is_won_by_one_alone(server, tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(won) == [False, False, False, True]
+
+
+def test_parts_of_two_processes_count_once_both_are_there(server, tmp_path):
+    one, two = opened_by_two(tmp_path)
+    write(tmp_path / "0" / "1_a", **{"config.json": "of the first"})
+    first = save_part(tmp_path, 2, 0)
+    one.send()
+    one.send()
+    assert f"clip/1_a/checkpoints/2/{checkpoint.part(0)}" in server.objects and not any(MANIFEST in key for key in server.objects)
+    second = save_part(tmp_path, 2, 1)
+    two.send()
+    assert not (second / MANIFEST).exists()
+    one.send()
+    two.send()
+    assert server.writes[-1] == f"clip/1_a/checkpoints/2/{MANIFEST}" and (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
+    assert set(checkpoint.read_manifest(first)["files"]) == {"ocdbt.process_0/data", "ocdbt.process_1/data"}
+    two.receive()
+    assert (tmp_path / "1" / "1_a" / "config.json").read_text() == "of the first"
+    assert checkpoint.damage(first) == "damaged: ocdbt.process_1/data is missing"
+    one.complete(first)
+    assert checkpoint.damage(first) is None
+    bucket.Mirror(ADDRESS, tmp_path / "three").fetch()      # whoever starts has all of it
+    assert checkpoint.damage(tmp_path / "three" / "1_a" / "checkpoints" / "2") is None
+
+
+def test_what_another_process_sends_stays_while_its_save_is_under_way_and_goes_with_it(server, tmp_path):
+    one, two = opened_by_two(tmp_path)
+    write(tmp_path / "0" / "1_a" / "checkpoints" / "2.orbax-checkpoint-tmp", data="")      # the first process is slower
+    save_part(tmp_path, 2, 1)
+    two.send()
+    one.send()
+    assert "clip/1_a/checkpoints/2/ocdbt.process_1/data" in server.objects
+    shutil.rmtree(tmp_path / "0" / "1_a" / "checkpoints")
+    one.send()
+    assert not any("checkpoints" in key for key in server.objects)
+
+
+def test_a_save_that_is_tried_again_is_not_joined_with_the_first_try(server, tmp_path):
+    one, two = opened_by_two(tmp_path)
+    save_part(tmp_path, 2, 1, save="first")
+    two.send()
+    save_part(tmp_path, 2, 0, save="second")
+    one.send()
+    assert not any(MANIFEST in key for key in server.objects)
+    shutil.rmtree(tmp_path / "1" / "1_a")
+    save_part(tmp_path, 2, 1, save="second", text="again")
+    two.send()
+    one.send()
+    two.send()
+    assert (tmp_path / "1" / "1_a" / "checkpoints" / "2" / MANIFEST).exists()
+    assert server.objects["clip/1_a/checkpoints/2/ocdbt.process_1/data"] == b"again 2 by 1"
+
+
+def test_only_the_first_process_removes_and_all_notice_another_run(server, tmp_path):
+    one, two = opened_by_two(tmp_path)
+    write(tmp_path / "0", **{"goodput.jsonl": "{}"})
+    write(tmp_path / "1" / "1_a", **{"quarantine.1.jsonl": "{}"})
+    two.send()
+    one.send()
+    two.send()
+    assert {"clip/goodput.jsonl", "clip/1_a/quarantine.1.jsonl"} <= set(server.objects)
+    assert json.loads(server.objects["clip/.lock/1"])["by"] == one.me
+    server.objects["clip/.lock/2"] = server.objects["clip/.lock/1"]
+    for mirror in (one, two):
+        with pytest.raises(bucket.LostError):
+            mirror.send()
+
+
+def test_a_bucket_that_cannot_be_written_is_named(server, tmp_path):
+    server.refuse = True
+    with pytest.raises(ConfigError, match="workdir='s3://runs/clip' cannot be written"):
+        bucket.Mirror(ADDRESS, tmp_path).acquire()
 
 
 @pytest.mark.parametrize("path,whole", [("1_a/checkpoints/2/d/x", "1_a/checkpoints/2"), ("1_a/metrics.jsonl", None),
