@@ -8,18 +8,18 @@ import time
 
 import pytest
 
-from tests import bucket as s3
+from tests import bucket as buckets
 from vlm_jax import bucket
 from vlm_jax.errors import ConfigError
 from vlm_jax.train import checkpoint
 from vlm_jax.train.checkpoint import MANIFEST
 
-ADDRESS = "s3://runs/clip"
 
 
-@pytest.fixture
-def server():
-    with s3.serving() as found:
+@pytest.fixture(params=buckets.PACKAGES)
+def server(request):
+    with buckets.serving(request.param) as found:
+        found.address = f"{request.param}://runs/clip"
         yield found
 
 
@@ -38,15 +38,15 @@ def save(folder, step, series="checkpoints", finished=True):
         (whole / MANIFEST).write_text("{}")
 
 
-def opened(folder, **options):
-    mirror = bucket.Mirror(ADDRESS, folder, **options)
+def opened(server, folder, **options):
+    mirror = bucket.Mirror(server.address, folder, **options)
     mirror.acquire()
     mirror.fetch()
     return mirror
 
 
-def opened_by_two(folder):
-    mirrors = [bucket.Mirror(ADDRESS, folder / str(process), process=process, count=2) for process in (0, 1)]
+def opened_by_two(server, folder):
+    mirrors = [bucket.Mirror(server.address, folder / str(process), process=process, count=2) for process in (0, 1)]
     mirrors[0].acquire()
     for mirror in mirrors:
         mirror.turn = mirrors[0].turn
@@ -63,7 +63,7 @@ def save_part(folder, step, process, save="x", text="of"):
 
 
 def test_a_checkpoint_counts_there_once_its_manifest_does(server, tmp_path):
-    one = opened(tmp_path / "one")
+    one = opened(server, tmp_path / "one")
     write(tmp_path / "one" / "1_a", **{"metrics.jsonl": "{}", "DONE": "1"})
     save(tmp_path / "one", 2)
     save(tmp_path / "one", 4, finished=False)
@@ -84,7 +84,7 @@ def test_a_start_finds_what_was_sent_and_nothing_unfinished(server, tmp_path):
     server.objects.update({"clip/goodput.jsonl": b"{}", "clip/1_a/checkpoints/2/data": b"x", f"clip/1_a/checkpoints/2/{MANIFEST}": b"{}",
                            "clip/1_a/checkpoints/4/data": b"torn", "clip/1_a/best/0/data": b"torn"})
     write(tmp_path / "one", stale="from another day")
-    one = opened(tmp_path / "one")
+    one = opened(server, tmp_path / "one")
     assert sorted(f.relative_to(tmp_path / "one").as_posix() for f in (tmp_path / "one").rglob("*") if f.is_file()) == [
         "1_a/checkpoints/2/data", f"1_a/checkpoints/2/{MANIFEST}", "goodput.jsonl"]
     one.send()
@@ -93,15 +93,15 @@ def test_a_start_finds_what_was_sent_and_nothing_unfinished(server, tmp_path):
 
 def test_one_run_at_a_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(bucket, "_alive_here", lambda owner: True)
-    one = opened(tmp_path / "one", every=0.05, stale=0.6)
+    one = opened(server, tmp_path / "one", every=0.05, stale=0.6)
     one.start()
     with pytest.raises(ConfigError, match="in use by another run"):
-        bucket.Mirror(ADDRESS, tmp_path / "two", stale=0.6).acquire()
+        bucket.Mirror(server.address, tmp_path / "two", stale=0.6).acquire()
     one.close()
-    two = bucket.Mirror(ADDRESS, tmp_path / "two", stale=60)
+    two = bucket.Mirror(server.address, tmp_path / "two", stale=60)
     two.acquire()      # at once: it was let go
     assert two.turn == 2
-    silent = bucket.Mirror(ADDRESS, tmp_path / "three", stale=0.3)
+    silent = bucket.Mirror(server.address, tmp_path / "three", stale=0.3)
     silent.acquire()      # the second says nothing
     assert silent.turn == 3
     with pytest.raises(bucket.LostError, match="taken over"):
@@ -109,18 +109,18 @@ def test_one_run_at_a_time(server, tmp_path, monkeypatch):
 
 
 def test_a_dead_process_of_this_host_holds_nothing(server, tmp_path):
-    one = bucket.Mirror(ADDRESS, tmp_path)
+    one = bucket.Mirror(server.address, tmp_path)
     one.acquire()
     lock = json.loads(server.objects["clip/.lock/1"])
     server.objects["clip/.lock/1"] = json.dumps({**lock, "by": lock["by"].replace(f":{os.getpid()}:", ":999999999:")}).encode()
     began = time.monotonic()
-    two = bucket.Mirror(ADDRESS, tmp_path)
+    two = bucket.Mirror(server.address, tmp_path)
     two.acquire()
     assert two.turn == 2 and time.monotonic() - began < 30
 
 
 def test_a_number_is_won_by_one_alone(server, tmp_path):
-    mirrors = [bucket.Mirror(ADDRESS, tmp_path) for _ in range(4)]
+    mirrors = [bucket.Mirror(server.address, tmp_path) for _ in range(4)]
     won = []
     threads = [threading.Thread(target=lambda m=m: won.append(m._create(".lock/1"))) for m in mirrors]
     for thread in threads:
@@ -128,10 +128,20 @@ def test_a_number_is_won_by_one_alone(server, tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(won) == [False, False, False, True]
+    held = server.objects["clip/.lock/1"]
+    assert not any(m._create(".lock/1") for m in mirrors if m.me != json.loads(held)["by"]) and server.objects["clip/.lock/1"] == held
+
+
+def test_a_file_too_large_for_one_request_of_gcsfs(server, tmp_path):
+    one = opened(server, tmp_path / "one")
+    data = os.urandom(6 * 2**20)
+    (tmp_path / "one" / "large").write_bytes(data)
+    one.send()
+    assert server.objects["clip/large"] == data
 
 
 def test_parts_of_two_processes_count_once_both_are_there(server, tmp_path):
-    one, two = opened_by_two(tmp_path)
+    one, two = opened_by_two(server, tmp_path)
     write(tmp_path / "0" / "1_a", **{"config.json": "of the first"})
     first = save_part(tmp_path, 2, 0)
     one.send()
@@ -149,12 +159,12 @@ def test_parts_of_two_processes_count_once_both_are_there(server, tmp_path):
     assert checkpoint.damage(first) == "damaged: ocdbt.process_1/data is missing"
     one.complete(first)
     assert checkpoint.damage(first) is None
-    bucket.Mirror(ADDRESS, tmp_path / "three").fetch()      # whoever starts has all of it
+    bucket.Mirror(server.address, tmp_path / "three").fetch()      # whoever starts has all of it
     assert checkpoint.damage(tmp_path / "three" / "1_a" / "checkpoints" / "2") is None
 
 
 def test_what_another_process_sends_stays_while_its_save_is_under_way_and_goes_with_it(server, tmp_path):
-    one, two = opened_by_two(tmp_path)
+    one, two = opened_by_two(server, tmp_path)
     write(tmp_path / "0" / "1_a" / "checkpoints" / "2.orbax-checkpoint-tmp", data="")      # the first process is slower
     save_part(tmp_path, 2, 1)
     two.send()
@@ -166,7 +176,7 @@ def test_what_another_process_sends_stays_while_its_save_is_under_way_and_goes_w
 
 
 def test_a_save_that_is_tried_again_is_not_joined_with_the_first_try(server, tmp_path):
-    one, two = opened_by_two(tmp_path)
+    one, two = opened_by_two(server, tmp_path)
     save_part(tmp_path, 2, 1, save="first")
     two.send()
     save_part(tmp_path, 2, 0, save="second")
@@ -182,7 +192,7 @@ def test_a_save_that_is_tried_again_is_not_joined_with_the_first_try(server, tmp
 
 
 def test_only_the_first_process_removes_and_all_notice_another_run(server, tmp_path):
-    one, two = opened_by_two(tmp_path)
+    one, two = opened_by_two(server, tmp_path)
     write(tmp_path / "0", **{"goodput.jsonl": "{}"})
     write(tmp_path / "1" / "1_a", **{"quarantine.1.jsonl": "{}"})
     two.send()
@@ -198,8 +208,8 @@ def test_only_the_first_process_removes_and_all_notice_another_run(server, tmp_p
 
 def test_a_bucket_that_cannot_be_written_is_named(server, tmp_path):
     server.refuse = True
-    with pytest.raises(ConfigError, match="workdir='s3://runs/clip' cannot be written"):
-        bucket.Mirror(ADDRESS, tmp_path).acquire()
+    with pytest.raises(ConfigError, match=f"workdir='{server.address}' cannot be written"):
+        bucket.Mirror(server.address, tmp_path).acquire()
 
 
 @pytest.mark.parametrize("path,whole", [("1_a/checkpoints/2/d/x", "1_a/checkpoints/2"), ("1_a/metrics.jsonl", None),
