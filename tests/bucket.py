@@ -199,9 +199,9 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 @contextlib.contextmanager
 def serving(store="s3"):
-    """The server of "s3" or "gs", with ``objects`` (key -> bytes), and ``writes`` and ``ranges`` as they came; the environment names it. Where
-    ``hold`` (a regex) finds a key that is being written, ``held`` is set, and nobody is answered until ``released``, nor anything written;
-    ``refuse``: no write is allowed."""
+    """The server of "s3" or "gs", with ``objects`` (key -> bytes), and ``writes`` and ``ranges`` as they came; ``environment`` names it, here and
+    for processes. Where ``hold`` (a regex) finds a key that is being written, ``held`` is set, and nobody is answered until ``released``, nor
+    anything written; ``refuse``: no write is allowed."""
     import fsspec
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), {"s3": S3, "gs": GCS}[store])
@@ -211,6 +211,7 @@ def serving(store="s3"):
     names = {"s3": {**S3_KEYS, "AWS_ENDPOINT_URL": address},
              # its look at kinds of buckets speaks another protocol
              "gs": {"STORAGE_EMULATOR_HOST": address, "FSSPEC_GS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}}[store]
+    server.environment = names
     before, conf = {name: os.environ.get(name) for name in names}, dict(fsspec.config.conf)
     os.environ.update(names)
     fsspec.config.set_conf_env(fsspec.config.conf)

@@ -1,19 +1,23 @@
 """A work directory in a bucket: what goes up in which order, what comes down, and who holds it."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import bucket as buckets
-from vlm_jax import bucket
+from vlm_jax import bucket, partitioning
 from vlm_jax.errors import ConfigError
 from vlm_jax.train import checkpoint
 from vlm_jax.train.checkpoint import MANIFEST
-
 
 
 @pytest.fixture(params=buckets.PACKAGES)
@@ -91,9 +95,43 @@ def test_a_start_finds_what_was_sent_and_nothing_unfinished(server, tmp_path):
     assert not any("torn" in data.decode() for data in server.objects.values())
 
 
+def test_older_checkpoints_come_when_they_are_looked_at(server, tmp_path):
+    for step in (2, 10):
+        whole = tmp_path / "made" / "1_a" / "checkpoints" / str(step)
+        write(whole, data=f"of {step}")
+        checkpoint._commit(whole, {"format": checkpoint.FORMAT, "step": step, "leaves": {}, "extra": None})
+        server.objects.update({f"clip/1_a/checkpoints/{step}/{file.name}": file.read_bytes() for file in whole.iterdir()})
+    one, folder = opened(server, tmp_path / "one"), tmp_path / "one" / "1_a" / "checkpoints"
+    assert sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()) == ["10/data", f"10/{MANIFEST}", f"2/{MANIFEST}"]
+    (folder / "10" / "data").write_text("harmed")
+    with checkpoint.behind(one.folder, one.complete):
+        assert checkpoint.latest_good(folder)[0] == 2 and (folder / "2" / "data").read_text() == "of 2"
+    one.send()
+    assert "clip/1_a/checkpoints/2/data" in server.objects
+    shutil.rmtree(folder / "2")
+    one.send()
+    assert not any("checkpoints/2/" in key for key in server.objects)
+
+
+def test_a_run_speaks_while_a_file_takes_long(server, tmp_path):
+    one = bucket.Mirror(server.address, tmp_path / "one", every=60, stale=0.4)
+    one.begin()
+    one.start()
+    one._busy.acquire()      # as of a send that takes long
+    before = server.objects["clip/.lock/1"]
+    deadline = time.monotonic() + 30
+    while server.objects["clip/.lock/1"] == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    one._busy.release()
+    one.close()
+    assert json.loads(server.objects["clip/.lock/1"])["released"]
+
+
 def test_one_run_at_a_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(bucket, "_alive_here", lambda owner: True)
-    one = opened(server, tmp_path / "one", every=0.05, stale=0.6)
+    one = bucket.Mirror(server.address, tmp_path / "one", every=0.05, stale=0.6)
+    one.begin()
     one.start()
     with pytest.raises(ConfigError, match="in use by another run"):
         bucket.Mirror(server.address, tmp_path / "two", stale=0.6).acquire()
@@ -210,6 +248,101 @@ def test_a_bucket_that_cannot_be_written_is_named(server, tmp_path):
     server.refuse = True
     with pytest.raises(ConfigError, match=f"workdir='{server.address}' cannot be written"):
         bucket.Mirror(server.address, tmp_path).acquire()
+
+
+def split_state(step):
+    """A leaf over all devices of all processes, and one of the host."""
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, split = np.arange(16, dtype=np.int32) + step, NamedSharding(mesh, PartitionSpec("fsdp"))
+    return {"w": jax.make_array_from_callback((16,), split, lambda index: whole[index]), "host": np.int32(step)}
+
+
+def is_of(state, step):
+    return int(state["host"]) == step and all((np.asarray(s.data) == np.arange(16)[s.index] + step).all() for s in state["w"].addressable_shards)
+
+
+def abstract():
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)) for path, x in split_state(0).items()}
+
+
+def one_of_two(process, port, environment, address, folder, pipe):
+    os.environ.update(environment, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    commit, failures = checkpoint._commit, ["No space left on device"] * process
+
+    def full_once(path, *args):
+        if path.name == "3" and failures:
+            raise OSError(28, failures.pop())
+        commit(path, *args)
+
+    def import_alone():
+        with checkpoint.Checkpointer(imported, keep=1) as keeper:
+            keeper.save(0, {"params": {"a": np.arange(3)}}, lent=True)
+
+    checkpoint._commit = full_once
+    mirror = bucket.Mirror(address, folder / str(process), every=0.05, process=process, count=2)
+    mirror.begin()
+    mirror.start()
+    imported, series = mirror.folder / "imported" / "m" / "checkpoints", mirror.folder / "1_a" / "checkpoints"
+    with checkpoint.behind(mirror.folder, mirror.complete):
+        partitioning.from_first(import_alone)
+        mirror.share()
+        pipe.send(checkpoint.load_params(imported)["a"].tolist())
+        with checkpoint.Checkpointer(series, keep=2) as keeper:
+            for step in (1, 2):
+                keeper.save(step, split_state(step), {"at": step})
+            keeper.save(3, split_state(3))
+            try:
+                keeper.wait()
+            except checkpoint.SaveError as error:
+                pipe.send(str(error))
+            assert not keeper.busy() and not keeper.has(3)
+            keeper.save(3, split_state(3), {"at": 3})
+            keeper.wait()
+            here = {file.relative_to(series).parts[:2] for file in series.rglob("*") if file.is_file()}
+            pipe.send(sorted("/".join(parts) for parts in here if "ocdbt" in parts[1]))
+            state, extra = keeper.restore(3, abstract())
+            pipe.send((is_of(state, 3), extra))
+    mirror.close()
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_two_processes_save_fail_and_restore_together(server, tmp_path):
+    """With folders of their own: one fails in a save, which is tried again; an import by one alone is read by both; one process reads it all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_jax.train.checkpoint"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ends = [context.Pipe() for _ in range(2)]
+    children = [context.Process(target=one_of_two, args=(i, port, server.environment, server.address, tmp_path, ends[i][1])) for i in range(2)]
+    for child in children:
+        child.start()
+
+    def answers():
+        assert all(mine.poll(120) for mine, _ in ends), "a process does not answer"
+        return [mine.recv() for mine, _ in ends]
+
+    try:
+        assert answers() == [[0, 1, 2]] * 2
+        first, second = answers()
+        assert "see the other processes" in first and "No space left" in second
+        assert answers() == [[f"{step}/ocdbt.process_{i}" for step in (2, 3)] for i in (0, 1)]
+        assert answers() == [(True, {"at": 3})] * 2
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        for child in children:
+            child.kill()
+    alone = opened(server, tmp_path / "alone")
+    with checkpoint.behind(alone.folder, alone.complete), checkpoint.Checkpointer(alone.folder / "1_a" / "checkpoints") as keeper:
+        assert keeper.latest_good() == (3, [])
+        for step in (3, 2):
+            state, extra = keeper.restore(step, abstract())
+            assert is_of(state, step) and extra == {"at": step}
+    alone.send()
+    assert not any("checkpoints/3/manifest.ocdbt" in key for key in server.objects)      # made by each reader
 
 
 @pytest.mark.parametrize("path,whole", [("1_a/checkpoints/2/d/x", "1_a/checkpoints/2"), ("1_a/metrics.jsonl", None),

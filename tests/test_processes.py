@@ -1,7 +1,9 @@
-"""What processes say of each other, over a store of this process: who is silent, who keeps the others waiting, where all stop."""
+"""What processes say of each other, over a store of this process: who is silent, who keeps the others waiting, where all stop. Two that train."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,8 @@ import time
 
 import pytest
 
+import vlm_jax
+from tests.tiny import tiny
 from vlm_jax import processes
 
 
@@ -200,3 +204,40 @@ def test_a_parent_passes_codes_and_signals_on_and_turns_an_abort_into_44():
         assert process.returncode == {"0": 0, "43": 43, "abort": 44, "signal": 42, "sleep": -9}[what], errors
         if what == "abort":
             assert "process 0 at 127.0.0.1:1 is gone" in errors
+
+
+def short():
+    """A few steps whose weights and batches lie on all devices, with nothing beside."""
+    config = tiny("clip")
+    config.stages.pretrain.update(steps=3, rules="fsdp_tp")
+    config.stages.pretrain.log.every = 1
+    config.stages.pretrain.checkpoint.every = 100
+    return config
+
+
+def train_in_one_of_two(process, port, workdir):
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    processes.join(f"127.0.0.1:{port}", 2, process)
+    vlm_jax.train(short(), workdir)
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    """On the same mesh of eight devices. ``tests/faults`` stops, kills and resumes them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    two = [context.Process(target=train_in_one_of_two, args=(i, port, tmp_path / "two")) for i in (0, 1)]
+    try:
+        for process in two:
+            process.start()
+        alone = vlm_jax.train(short(), tmp_path / "alone")
+        for process in two:
+            process.join(300)
+            assert process.exitcode == 0
+    finally:
+        for process in two:
+            process.kill()
+    shared = vlm_jax.run.Trained(tmp_path / "two" / alone.folder.name, True)
+    mine, other = ([row["loss"] for row in trained.rows] for trained in (alone, shared))
+    assert len(mine) == 3 and other == pytest.approx(mine, rel=1e-6)

@@ -62,7 +62,7 @@ class Mirror:
         self.sent: dict[str, tuple[int, int] | None] = {}      # path -> (size, time of change) as it was sent, or came
         self.came: dict[str, Any] = {}                  # path -> what the bucket called its content when it came
         self._closed, self._busy = threading.Event(), threading.Lock()
-        self._spoke = 0.0
+        self._left, self._spoke = threading.Event(), 0.0
 
     # ---- the lock
 
@@ -112,6 +112,16 @@ class Mirror:
             raise ConfigError(f"workdir={self.address!r} cannot be written: {type(failed).__name__}: {failed}") from failed
         return held["by"] == self.me
 
+    def _beat(self) -> None:
+        """Says that this run is alive, however long a file takes."""
+        while not self._left.wait(self.stale / 8):
+            try:
+                self._hold()
+            except LostError as error:
+                self._stop(EXIT_BAD, str(error))
+            except Exception as error:
+                self.say(f"{self.address}: the lock cannot be written ({type(error).__name__}: {error})")
+
     def _hold(self) -> None:
         if max((int(name) for name in self._names(".lock") if name.isdigit()), default=0) > self.turn:
             raise LostError(f"{self.address} was taken over by another run; this one was silent for too long")
@@ -143,17 +153,20 @@ class Mirror:
             return None
 
     def fetch(self) -> None:
-        """Makes the folder what the bucket holds; checkpoints without a manifest stay there."""
+        """Makes the folder what the bucket holds: of each series' checkpoints the newest, and the manifests of the others, which come when they
+        are looked at (``complete``); what has no manifest stays there."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         remote = self._remote()
+        committed = sorted((whole for path in remote if (whole := checkpoint_of(path)) and path == f"{whole}/{MANIFEST}"), key=step_of)
+        newest = set({whole.rpartition("/")[0]: whole for whole in committed}.values())
         for path, content in remote.items():
             whole = checkpoint_of(path)
-            if whole is None or f"{whole}/{MANIFEST}" in remote:
+            if whole is None or whole in newest or (whole in committed and path == f"{whole}/{MANIFEST}"):
                 self._get(path, content)
 
     def complete(self, directory: pathlib.Path) -> None:
-        """Brings down what this folder lacks of a checkpoint: what other processes sent."""
+        """Brings down what this folder lacks of a checkpoint: what other processes sent, or all of an older one."""
         with self._busy:      # or half a file might be sent
             for path, content in self._remote(directory.relative_to(self.folder).as_posix()).items():
                 if not (self.folder / path).exists():
@@ -177,7 +190,7 @@ class Mirror:
             plain = sorted(path for path in local if checkpoint_of(path) is None and not path.startswith(".") and not path.endswith(".tmp"))
             done = [path for path in plain if path.rpartition("/")[2] == "DONE"]      # says that the rest is there
             self._put([path for path in plain if path not in done])
-            for whole in sorted(here, key=lambda whole: int(whole.rpartition("/")[2])):
+            for whole in sorted(here, key=step_of):
                 own, manifest = f"{whole}/{checkpoint.part(self.process)}", f"{whole}/{MANIFEST}"
                 if manifest not in self.sent and (own in local or (manifest in local and not self.process)):
                     files = {path for path in local if path.startswith(f"{whole}/")} - {own, manifest}
@@ -249,6 +262,9 @@ class Mirror:
         self.turn, error = partitioning.from_first(take)
         if error:
             raise ConfigError(error)
+        self._spoke = time.monotonic()
+        self.beat = threading.Thread(target=self._beat, name="bucket lock", daemon=True)
+        self.beat.start()
         self.fetch()
 
     def share(self) -> None:
@@ -307,6 +323,8 @@ class Mirror:
             self.send()
         if orderly and self.count > 1:
             partitioning.exchange(True)
+        self._left.set()
+        self.beat.join()
         if not self.process and (orderly or self.count == 1):
             self.store.pipe_file(f"{self.root}/.lock/{self.turn}", self._word(released=True))
 
@@ -329,6 +347,11 @@ def checkpoint_of(path: str) -> str | None:
     """The checkpoint that a file belongs to, "1_pretrain/checkpoints/200"; None for other files. Whatever lies in a series belongs to one."""
     parts = path.split("/")
     return next(("/".join(parts[:i + 2]) for i, part in enumerate(parts[:-2]) if part in SERIES), None)
+
+
+def step_of(whole: str) -> int:
+    step = whole.rpartition("/")[2]
+    return int(step) if step.isdigit() else -1
 
 
 def stamp(file: pathlib.Path) -> tuple[int, int] | None:
@@ -355,10 +378,11 @@ def mirrored(address: str, say: Callable[[str], None], end: Callable[[int, str],
         mirror.start()
         say(f"{address} is worked on in {mirror.folder} and brought up to date every {mirror.every:.0f} s")
         try:
-            with checkpoint.apart(mirror.folder, mirror.complete) if mirror.count > 1 else contextlib.nullcontext():
+            with checkpoint.behind(mirror.folder, mirror.complete):
                 yield mirror
             orderly = True
         finally:
             mirror.close(orderly)
     finally:
+        mirror._left.set()
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,9 +26,9 @@ def free_port():
 def start(workdir, *args, devices=1, system="clip", program=("-m", "vlm_jax.main"), **environment):
     """One process with ``devices`` virtual devices; ``args`` are flags, or "optim.lr=1" for a field of the stage."""
     flags = [a if a.startswith("--") else f"--config.stages.pretrain.{a}" for a in args]
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"), "PYTHONPATH": str(ROOT), **environment}
+    own = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"), "PYTHONPATH": str(ROOT)}
     STARTED.append(subprocess.Popen([sys.executable, *program, f"--config=tests/tiny.py:{system}", f"--workdir={workdir}", "--platform=cpu",
-                                     *flags], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+                                     *flags], cwd=ROOT, env={**os.environ, **own, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     return STARTED[-1]
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment, and say so where they do not.
 
-Layout, on a POSIX file system that all processes share, or in a folder of each process' own (``apart``)::
+Layout, on a POSIX file system that all processes share, or in a folder of each process' own (``behind``)::
 
     DIR/<step>/                 the state, written by Orbax as a flat dict path -> array
     DIR/<step>/manifest.json    written last: leaves, extra data, size and hash of every file
@@ -182,13 +182,14 @@ def _content(raw: bytes, name: str) -> dict[str, Any]:
 
 def damage(directory: Path) -> str | None:
     """Why a checkpoint directory cannot be used, or None: every file is read and compared."""
-    directory = Path(directory)
+    directory, here = Path(directory), partitioning.process_number()
     try:
         files = read_manifest(directory)["files"]
     except DamageError as error:
         return str(error)
-    here = partitioning.process_number()
     if _is_own(directory):      # what others have of it is looked at when it comes
+        if any(_is_of(name, here) and not (directory / name).exists() for name in files):
+            _bring(directory)
         files = {name: entry for name, entry in files.items() if _is_of(name, here) or (directory / name).exists()}
     for name, (size, _) in files.items():
         file = directory / name
@@ -236,11 +237,11 @@ _bring: Callable[[Path], None] | None = None
 
 
 @contextlib.contextmanager
-def apart(root: Path, bring: Callable[[Path], None]) -> Iterator[None]:
-    """Inside, what lies under ``root`` is a folder of this process' own, and the other processes have others.
+def behind(root: Path, bring: Callable[[Path], None]) -> Iterator[None]:
+    """Inside, ``root`` is a folder of this process' own that somebody brings together with one place for all processes.
 
-    Somebody else takes the parts of all to one place, and puts the manifest here once they are there (``join``, ``accept``);
-    ``bring(directory)`` makes a checkpoint complete with what others wrote of it.
+    Of several, he takes the parts of all there, and puts the manifest here once they have come (``join``, ``accept``). ``bring(directory)``
+    makes a checkpoint complete with what lies there: what other processes wrote of it, or all of an older one.
     """
     global _root, _bring
     before, (_root, _bring) = (_root, _bring), (Path(root).absolute(), bring)
@@ -295,11 +296,10 @@ def _complete(directory: Path) -> None:
         if not (directory / INDEX).exists() and any(directory.glob("ocdbt.process_*")):
             ocp.PyTreeCheckpointHandler().finalize(directory)
 
-    if not is_apart(directory):
+    if not _is_own(directory):
         partitioning.from_first(index)
         return
-    lacking = not (directory / MANIFEST).exists() or any(not (directory / name).exists() for name in read_manifest(directory)["files"])
-    if lacking:
+    if not (directory / MANIFEST).exists() or any(not (directory / name).exists() for name in read_manifest(directory)["files"]):
         _bring(directory)
         missing = [name for name in read_manifest(directory)["files"] if not (directory / name).exists()]
         reason = f"damaged: {missing[0]} is missing" if missing else damage(directory)
