@@ -303,6 +303,9 @@ def one_of_two(process, port, environment, address, folder, pipe):
             pipe.send(sorted("/".join(parts) for parts in here if "ocdbt" in parts[1]))
             state, extra = keeper.restore(3, abstract())
             pipe.send((is_of(state, 3), extra))
+            if process:      # on its disk alone
+                next(file for file in (series / "3").glob("ocdbt.process_1/d/*") if file.stat().st_size).write_bytes(b"harmed")
+            pipe.send(keeper.latest_good())
     mirror.close()
 
 
@@ -329,6 +332,8 @@ def test_two_processes_save_fail_and_restore_together(server, tmp_path):
         assert "see the other processes" in first and "No space left" in second
         assert answers() == [[f"{step}/ocdbt.process_{i}" for step in (2, 3)] for i in (0, 1)]
         assert answers() == [(True, {"at": 3})] * 2
+        for step, skipped in answers():
+            assert step == 2 and [s for s, _ in skipped] == [3]
         for child in children:
             child.join(60)
             assert child.exitcode == 0

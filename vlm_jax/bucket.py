@@ -8,7 +8,7 @@ not sent yet is done again.
 Of several processes each sends what it alone has of a checkpoint, and then a list of it (``train.checkpoint``, folders apart). Once the lists
 of all are there, the first process writes the manifest, and the others take it from the bucket: the save is done when they have it. Everything else
 is the first process': it alone holds the lock and removes anything, and what the others need of it (imports, tokenizers, finished
-stages) they fetch where all meet (``share``). A process that cannot reach the bucket for long, or finds another run in it, ends all.
+stages) they fetch where all meet (``share``). Where to go on from, they agree on. A process that cannot reach the bucket for long, or finds another run in it, ends all.
 
 The lock is a number that only one run can write (a conditional write): ``.lock/7`` belongs to its writer until it says that it
 let go, or has said nothing for ``STALE`` seconds. Who finds a higher number than its own stops.
@@ -173,10 +173,13 @@ class Mirror:
                     self._get(path, content)
 
     def receive(self) -> None:
-        """Brings down what the first process sent since, checkpoints left out: they come where they are read."""
+        """Brings down what the first process sent since, but of checkpoints in which this process has a part: they come where they are read."""
         with self._busy:
-            for path, content in self._remote().items():
-                if checkpoint_of(path) is None and (path in self.came or path not in self.sent) and self.came.get(path) != content:
+            here, remote = self._checkpoints(), self._remote()
+            for path, content in remote.items():
+                whole = checkpoint_of(path)
+                wanted = f"{whole}/{MANIFEST}" in remote and whole not in here if whole else path in self.came or path not in self.sent
+                if wanted and self.came.get(path) != content:
                     self._get(path, content)
 
     def send(self) -> None:

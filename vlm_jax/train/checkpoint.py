@@ -215,10 +215,11 @@ def _steps(directory: Path) -> list[int]:
 
 def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
     """The newest step whose files all match its manifest (None without one), and what was passed over:
-    (step, reason) newest first. With several processes the first one reads, and all are told."""
-    def survey():
+    (step, reason) newest first. With several processes the first one reads, and all are told; where folders are apart, each
+    reads its own, and the step is good in all of them."""
+    def survey(newest: float = float("inf")) -> tuple[int | None, Skipped]:
         skipped = []
-        for step in _steps(Path(directory)):
+        for step in (step for step in _steps(Path(directory)) if step <= newest):
             reason = damage(Path(directory) / str(step))
             if reason is None:
                 return step, skipped
@@ -226,8 +227,17 @@ def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
             skipped.append((step, reason))
         return None, skipped
 
-    step, skipped = partitioning.from_first(survey)
-    return step, [(s, reason) for s, reason in skipped]
+    if not is_apart(directory):
+        step, skipped = partitioning.from_first(survey)
+        return step, [(s, reason) for s, reason in skipped]
+    told, newest, agreed = {}, float("inf"), False
+    while not agreed:
+        found = partitioning.exchange(survey(newest))
+        told |= {step: reason for _, skipped in found for step, reason in skipped}
+        steps = [step for step, _ in found]
+        agreed = None in steps or len(set(steps)) == 1
+        newest = None if None in steps else min(steps)
+    return newest, sorted(told.items(), reverse=True)
 
 
 # ---------------------------------------------------------------- folders apart
