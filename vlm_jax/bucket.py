@@ -5,10 +5,11 @@ every few seconds and at the end: a checkpoint's manifest after its files, so th
 metrics before the checkpoints that they lead to. A start brings down what the bucket holds, which alone is true: what a killed run had
 not sent yet is done again.
 
-Of several processes each sends what it alone has of a checkpoint, and then a list of it (``train.checkpoint``, folders apart). Once the lists
-of all are there, the first process writes the manifest, and the others take it from the bucket: the save is done when they have it. Everything else
-is the first process': it alone holds the lock and removes anything, and what the others need of it (imports, tokenizers, finished
-stages) they fetch where all meet (``share``). Where to go on from, they agree on. A process that cannot reach the bucket for long, or finds another run in it, ends all.
+Of several processes each sends what it alone has of a checkpoint, and then a list of it (``train.checkpoint``, folders apart). Once the
+lists of all are there, the first process writes the manifest, and the others take it from the bucket: the save is done when they have it.
+Everything else is the first process': it alone holds the lock and removes anything, and what the others need of it (imports, tokenizers,
+finished stages) they fetch where all meet (``share``). Where to go on from, they agree on. A process that cannot reach the bucket for
+long, or finds another run in it, ends all.
 
 The lock is a number that only one run can write (a conditional write): ``.lock/7`` belongs to its writer until it says that it
 let go, or has said nothing for ``STALE`` seconds. Who finds a higher number than its own stops.

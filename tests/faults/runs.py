@@ -32,12 +32,12 @@ def start(workdir, *args, devices=1, system="clip", program=("-m", "vlm_jax.main
     return STARTED[-1]
 
 
-def start_two(workdir, *args, devices=4, program=("-m", "vlm_jax.main"), folders=None):
+def start_two(workdir, *args, devices=4, folders=None, **options):
     """Two processes of one run; --hang_timeout=20: noticed soon, by the standards of a busy machine. folders: of each one's temporary files."""
     port = free_port()
     own = [{"TMPDIR": str(folder)} for folder in folders] if folders else [{}, {}]
     return [start(workdir, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}", "--rendezvous_timeout=150",
-                  "--hang_timeout=20", *args, devices=devices, program=program, **own[i]) for i in (0, 1)]
+                  "--hang_timeout=20", *args, devices=devices, **options, **own[i]) for i in (0, 1)]
 
 
 def finish(processes, timeout=300):

@@ -116,3 +116,23 @@ def test_two_processes_without_a_common_folder_are_killed_in_a_save_and_end_as_o
     assert one.keys() == other.keys()
     for path in one:
         np.testing.assert_array_equal(one[path], other[path], path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+def test_two_processes_hand_the_best_weights_from_stage_to_stage_through_the_bucket(tmp_path):
+    settings = ("rules=fsdp_tp", "steps=8", "checkpoint.every=4", "evals.retrieval.every=4", "select.metric=retrieval/text_to_image/mean_rank",
+                "--config.stages.again.steps=4")
+    for code, output in runs.finish(runs.start_two(tmp_path / "disk", *settings, devices=2, system="clip,twice")):
+        assert code == 0, output[-3000:]
+    with bucket.serving() as server:
+        for code, output in runs.finish(runs.start_two("s3://runs/a", *settings, devices=2, system="clip,twice", program=OFTEN)):
+            assert code == 0, output[-3000:]
+        copy(server, tmp_path / "bucket")
+    for stage_folder in (runs.FOLDER, "2_again"):
+        one, other = (json.loads((tmp_path / where / stage_folder / "DONE").read_text()) for where in ("disk", "bucket"))
+        assert one["scores"] == other["scores"] and one["scores"]
+        one, other = ([row["loss"] for row in read_rows(tmp_path / where / stage_folder / "metrics.jsonl") if "loss" in row] for where in ("disk", "bucket"))
+        assert one == other and one
+    one, other = (stage.read_weights(tmp_path / where / runs.FOLDER) for where in ("disk", "bucket"))
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], path)
