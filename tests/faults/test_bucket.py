@@ -120,8 +120,7 @@ def test_two_processes_without_a_common_folder_are_killed_in_a_save_and_end_as_o
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
 def test_two_processes_hand_the_best_weights_from_stage_to_stage_through_the_bucket(tmp_path):
-    settings = ("rules=fsdp_tp", "steps=8", "checkpoint.every=4", "evals.retrieval.every=4", "select.metric=retrieval/text_to_image/mean_rank",
-                "--config.stages.again.steps=4")
+    settings = ("rules=fsdp_tp", "steps=8", "--config.stages.again.steps=4")
     for code, output in runs.finish(runs.start_two(tmp_path / "disk", *settings, devices=2, system="clip,twice")):
         assert code == 0, output[-3000:]
     with bucket.serving() as server:
