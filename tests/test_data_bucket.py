@@ -1,4 +1,4 @@
-"""Tars in a bucket: s3fs against a small server on loopback that speaks enough of S3 to be read."""
+"""Tars in a bucket: s3fs and gcsfs against small servers on loopback that speak enough to be read."""
 
 import io
 import tarfile
@@ -12,9 +12,10 @@ from vlm_jax.data import sources
 from vlm_jax.errors import ConfigError
 
 
-@pytest.fixture
-def server():
-    with bucket.serving() as found:
+@pytest.fixture(params=bucket.PACKAGES)
+def server(request):
+    with bucket.serving(request.param) as found:
+        found.address = f"{request.param}://data"
         yield found
 
 
@@ -33,12 +34,12 @@ def tar(count, start):
 
 def test_tars_are_read_from_a_bucket(server):
     server.objects.update({"set/0.tar": tar(3, 0), "set/1.tar": tar(2, 3)})
-    for spec in ("tars:s3://data/set/{0..1}.tar", "tars:s3://data/set/*.tar"):
+    for spec in (f"tars:{server.address}/set/{{0..1}}.tar", f"tars:{server.address}/set/*.tar"):
         source = sources.open_source(spec)
         assert len(source) == 5 and [source[i]["text"] for i in (4, 0)] == [["caption 4"], ["caption 0"]]
     assert "set/1.tar" in server.ranges
     with pytest.raises(FileNotFoundError):
-        sources.open_source("tars:s3://data/none*.tar")
+        sources.open_source(f"tars:{server.address}/none*.tar")
 
 
 def test_a_protocol_without_its_package_is_named():

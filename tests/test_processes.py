@@ -1,16 +1,24 @@
-"""What processes say of each other, over a store of this process: who is silent, who keeps the others waiting, where all stop."""
+"""What processes say of each other, over a store of this process: who is silent, who keeps the others waiting, where all stop. Two that train."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from vlm_jax import processes
+from tests.tiny import tiny
+from vlm_jax import partitioning, processes
+from vlm_jax import stage as stages
+from vlm_jax.train import init
+from vlm_jax.train.step import make_train_step
 
 
 class Store(dict):
@@ -200,3 +208,49 @@ def test_a_parent_passes_codes_and_signals_on_and_turns_an_abort_into_44():
         assert process.returncode == {"0": 0, "43": 43, "abort": 44, "signal": 42, "sleep": -9}[what], errors
         if what == "abort":
             assert "process 0 at 127.0.0.1:1 is gone" in errors
+
+
+def losses_of(mesh):
+    """Of three steps of a tiny CLIP; each process reads its own rows of a batch."""
+    stage, rng = stages.resolve(tiny("clip").stages.pretrain, "pretrain"), np.random.default_rng(0)
+    given = {path: np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32) for path, leaf in sorted(stage.plan.shapes.items())}
+    source, losses = stage.open(stage.data.train), []
+    with partitioning.use(mesh):
+        tx, _ = stages.make_optimizer(stage)
+        state = init.create(stage.system, stage.plan, tx, mesh, jax.random.key(0), stage.spec, given)
+        step = jax.jit(make_train_step(stage.system, tx, jax.random.key(1)))
+        with stage.train_batches(source, 0, 3, None, mesh) as batches:
+            for _, batch in batches:
+                state, metrics = step(state, partitioning.place(batch, mesh, stage.data.batch))
+                losses.append(float(metrics["loss"]))
+    return losses
+
+
+def one_of_two(process, port, pipe):
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    processes.join(f"127.0.0.1:{port}", 2, process)
+    pipe.send(losses_of(partitioning.make_mesh("fsdp")))
+
+
+def test_two_processes_have_the_losses_of_one():
+    """On the same mesh of two devices. ``tests/faults`` does it with whole runs, which it stops, kills and resumes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_jax.stage"])
+    ends = [context.Pipe() for _ in (0, 1)]
+    two = [context.Process(target=one_of_two, args=(i, port, ends[i][1])) for i in (0, 1)]
+    try:
+        for process in two:
+            process.start()
+        for _, other in ends:
+            other.close()      # or nobody notices that a process is gone
+        alone = losses_of(partitioning.make_mesh("fsdp", devices=jax.devices()[:2]))
+        for mine, _ in ends:
+            assert mine.poll(120), "a process does not answer"
+            assert mine.recv() == pytest.approx(alone, rel=1e-6)
+    finally:
+        for process in two:
+            process.kill()
+    assert len(set(alone)) == 3

@@ -34,12 +34,19 @@ def tiny(name, **data):
 
 
 def get_config(arg=""):
-    """``--config=tests/tiny.py:coca``: the same, for runs in processes of their own."""
-    whole = tiny(arg or "coca")
+    """``--config=tests/tiny.py:coca``: the same, for runs in processes of their own; "clip,twice" has a second stage that goes on from the
+    first one's best weights."""
+    name, _, twice = arg.partition(",")
+    whole = tiny(name or "coca")
     stage = whole.stages.pretrain
     stage.data.prefetch = 2
     stage.checkpoint.every = 2
     stage.log.every = 1
     stage.evals = dict(retrieval=dict(kind="retrieval", examples=16, batch=8, every=0,
                                       options=dict(queries=2, shown=3)))     # drawing takes longer than the steps
+    if twice:
+        stage.select = dict(metric="retrieval/text_to_image/mean_rank")
+        stage.evals.retrieval.every = 4
+        whole.stages.again = type(stage)({**stage, "init": "@pretrain"})
+        whole.stage_order = ("pretrain", "again")
     return whole

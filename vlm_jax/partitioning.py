@@ -18,6 +18,7 @@ program over one mesh; each reads the rows of a batch that its devices hold (``r
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import json
@@ -224,8 +225,12 @@ def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
 
 # ---- processes
 
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
 def process_count() -> int:
-    return jax.process_count()
+    """How many processes there are; 1 in what ``from_first`` computes, which the others know nothing of."""
+    return 1 if _alone.get() else jax.process_count()
 
 
 def process_number() -> int:
@@ -240,7 +245,7 @@ def is_first() -> bool:
 
 def exchange(value: Any) -> list[Any]:
     """A JSON value of each process, in all of them: every process calls it at the same place."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value, default=lambda x: x.item()).encode(), np.uint8)
     lengths = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
@@ -251,9 +256,16 @@ def exchange(value: Any) -> list[Any]:
 
 def from_first(compute: Callable[[], Any]) -> Any:
     """A JSON value that the first process computes and all return: every process calls it at the same place."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return compute()
-    return exchange(compute() if is_first() else None)[0]
+    value = None
+    if is_first():
+        token = _alone.set(True)
+        try:
+            value = compute()
+        finally:
+            _alone.reset(token)
+    return exchange(value)[0]
 
 
 def abstract(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

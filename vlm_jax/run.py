@@ -14,7 +14,8 @@
                        /DONE             the last step and its scores
            /goodput.jsonl                where the time went, over all starts
 
-Of several processes, each runs all of this; the first one alone writes what is written once, and speaks.
+Of several processes, each runs all of this; the first one alone writes what is written once, and speaks. They share the work directory, or each
+has a folder of its own beside a bucket (``bucket``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -67,29 +69,40 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, only: str = "", eval
     """
     first = partitioning.is_first()
     console = console or Console(quiet=not first)
-    if bucket.is_address(workdir):
-        if partitioning.process_count() > 1:
-            raise ConfigError(f"workdir={str(workdir)!r} is an address, which {partitioning.process_count()} processes cannot share: give a path on a "
-                              "file system that they do, such as NFS, or a bucket mounted with renames and appends (gcsfuse, rclone mount)")
-        with bucket.mirrored(str(workdir), console.say) as folder:
-            return run(config, folder, only=only, eval_only=eval_only, console=console, watchdog=watchdog, began=began, profile=profile)
-    workdir = pathlib.Path(workdir)
+    if partitioning.process_count() > 1:
+        check_alike(config, workdir)
+    if not bucket.is_address(workdir):
+        return run_in(pathlib.Path(workdir), lambda: None, config, only, eval_only, console, watchdog, began, profile)
+
+    def end(code: int, text: str) -> None:
+        if watchdog:
+            watchdog.leave(code, text)
+        os._exit(code)
+
+    with bucket.mirrored(str(workdir), console.say, end) as mirror:
+        return run_in(mirror.folder, mirror.share, config, only, eval_only, console, watchdog, began, profile)
+
+
+def run_in(workdir: pathlib.Path, share: Callable[[], None], config: ConfigDict, only: str, eval_only: bool, console: Console,
+           watchdog: processes.Watchdog | None, began: float | None, profile: str) -> int:
+    """``run`` in a folder. ``share``: brings what the first process wrote to the others, where they have folders of their own."""
+    first = partitioning.is_first()
     names = [only] if only else list(config.stage_order)
     todo = {name: to_prepare(config, workdir, name) for name in names}
     early = {name: stages.open_stage(config, workdir, name) for name in names if not todo[name]}
-    if partitioning.process_count() > 1:
-        check_alike(config)
     if first:
         workdir.mkdir(parents=True, exist_ok=True)              # nothing is written before what can be checked is
     with hold(workdir):
         check_shared(workdir)
         clock = goodput.Clock(workdir / "goodput.jsonl" if first and not eval_only else None, began, watchdog.notice if watchdog else lambda *_: None)
         partitioning.from_first(lambda: [prepare() for name in names for prepare in todo[name]] and None)
+        share()
         built = {name: early[name] if name in early else stages.open_stage(config, workdir, name) for name in names}
         for name in names:              # every stage is checked before the first one trains
             code = StageRun(config, built[name], workdir, console, clock, watchdog, profile).run(eval_only)
             if code:
                 return code
+            share()
         if clock.path and clock.path.exists():
             console.say(goodput.line(goodput.total(goodput.read(clock.path))))
     return EXIT_DONE
@@ -116,10 +129,11 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def check_alike(config: ConfigDict) -> None:
-    """Raises ConfigError where processes run another config, code or JAX than the first."""
+def check_alike(config: ConfigDict, workdir: str | pathlib.Path) -> None:
+    """Raises ConfigError where processes run another config, code or JAX than the first, or in another bucket."""
     code = provenance.revision()
-    mine = {"config": hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:12], "code": code.get("commit", code["version"]),
+    mine = {"workdir": str(workdir) if bucket.is_address(workdir) else "a path",
+            "config": hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:12], "code": code.get("commit", code["version"]),
             "jax": jax.__version__, "python": platform.python_version()}
     all_of_them = partitioning.exchange(mine)
     for number, other in enumerate(all_of_them):
@@ -131,7 +145,7 @@ def check_alike(config: ConfigDict) -> None:
 
 def check_shared(workdir: pathlib.Path) -> None:
     """Raises ConfigError where a process does not see in the work directory what the first one writes."""
-    if partitioning.process_count() == 1:
+    if partitioning.process_count() == 1 or checkpoint.is_apart(workdir):
         return
     file = workdir / ".shared"
 
@@ -147,7 +161,7 @@ def check_shared(workdir: pathlib.Path) -> None:
     blind = [f"process {number} on {host}" for number, (seen, host) in enumerate(hosts) if not seen]
     if blind:
         raise ConfigError(f"workdir={str(workdir)!r} is not the same folder everywhere: {', '.join(blind[:8])} does not see what process 0 on "
-                          f"{hosts[0][1]} writes; use a file system that all hosts share")
+                          f"{hosts[0][1]} writes; use a file system that all hosts share, or a bucket (--workdir=s3://..., gs://...)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,6 +422,9 @@ class StageRun:
 
         def save(step: int, state: TrainState) -> None:
             nonlocal failures, tried
+            if keeper.busy():      # training does not wait for a network
+                self.console.say(f"no save at step {step}: that of step {tried} is still on its way to the bucket")
+                return
             if attempt(keeper.wait) and keeper.has(tried):
                 failures = 0
             tried = step

@@ -9,11 +9,13 @@ import tempfile
 import xml.etree.ElementTree as xml
 
 RUN, TWO, ONE, CHECK = "tests/test_run.py", "tests/faults/test_processes.py", "tests/faults/test_runs.py", "tests/test_checkpoint.py"
+BUCKET = "tests/faults/test_bucket.py"
 FAULTS = {
     1: ("SIGKILL at random moments, inside a save too: the end is bitwise the same",
         f"{RUN}::test_killed_at_random_moments_it_ends_bitwise_the_same", f"{CHECK}::test_sigkill_at_any_moment_leaves_a_good_checkpoint",
         "tests/test_finetune.py::test_killed_before_its_end_it_chooses_the_same",
-        "tests/faults/test_bucket.py::test_killed_while_it_sends_a_run_ends_in_the_bucket_as_on_a_disk"),
+        f"{BUCKET}::test_killed_while_it_sends_a_run_ends_in_the_bucket_as_on_a_disk",
+        f"{BUCKET}::test_two_processes_without_a_common_folder_are_killed_in_a_save_and_end_as_on_a_disk"),
     2: ("SIGTERM, to one of two as well: saved, exit code 42, no orphans; a second one spoils nothing",
         f"{RUN}::test_a_signal_saves_and_exits_42", f"{TWO}::test_two_processes_stop_together_and_one_goes_on",
         f"{ONE}::test_a_second_signal_ends_at_once_and_spoils_nothing", "tests/test_data_reader.py::test_an_unguarded_script_runs_and_no_process_outlives_it"),
@@ -22,7 +24,8 @@ FAULTS = {
     4: ("a flipped bit in a committed checkpoint", f"{CHECK}::test_every_byte_of_a_checkpoint_is_guarded",
         f"{RUN}::test_damaged_checkpoints_fall_back_and_say_why"),
     5: ("a disk that refuses during a save", f"{ONE}::test_a_disk_that_refuses_for_a_while_costs_saves_alone",
-        f"{ONE}::test_a_disk_that_stays_full_stops_the_run_and_keeps_what_was_good", f"{CHECK}::test_background_failure_surfaces"),
+        f"{ONE}::test_a_disk_that_stays_full_stops_the_run_and_keeps_what_was_good", f"{CHECK}::test_background_failure_surfaces",
+        "tests/test_bucket.py::test_two_processes_save_fail_and_restore_together"),
     6: ("resumed on other devices, processes and rule sets", f"{ONE}::test_a_run_goes_on_on_other_devices_under_other_rules",
         f"{TWO}::test_two_processes_train_and_resume_as_one", f"{CHECK}::test_state_comes_back_on_any_number_of_devices", f"{CHECK}::test_two_processes_agree"),
     7: ("resumed with frozen parts, adapters, averages: every leaf comes back, none silently fresh",
@@ -47,7 +50,8 @@ FAULTS = {
     18: ("configs that cannot work", "tests/test_config.py", f"{ONE}::test_a_batch_that_does_not_divide_over_the_mesh_is_refused",
          f"{TWO}::test_processes_with_other_configs_are_refused"),
     19: ("two runs in one directory, or in one bucket", f"{RUN}::test_two_runs_in_one_directory_the_second_refuses",
-         "tests/test_bucket.py::test_one_run_at_a_time", "tests/test_bucket.py::test_a_number_is_won_by_one_alone"),
+         "tests/test_bucket.py::test_one_run_at_a_time", "tests/test_bucket.py::test_a_number_is_won_by_one_alone",
+         "tests/test_bucket.py::test_who_finds_another_run_or_no_bucket_ends_all"),
     20: ("files that lie", "tests/test_importers_read.py", "tests/test_data_tars.py::test_unsafe_members_are_refused"),
 }
 

@@ -23,20 +23,21 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(workdir, *args, devices=1, system="clip"):
+def start(workdir, *args, devices=1, system="clip", program=("-m", "vlm_jax.main"), **environment):
     """One process with ``devices`` virtual devices; ``args`` are flags, or "optim.lr=1" for a field of the stage."""
     flags = [a if a.startswith("--") else f"--config.stages.pretrain.{a}" for a in args]
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"), "PYTHONPATH": str(ROOT)}
-    STARTED.append(subprocess.Popen([sys.executable, "-m", "vlm_jax.main", f"--config=tests/tiny.py:{system}", f"--workdir={workdir}", "--platform=cpu",
-                                     *flags], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    own = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"), "PYTHONPATH": str(ROOT)}
+    STARTED.append(subprocess.Popen([sys.executable, *program, f"--config=tests/tiny.py:{system}", f"--workdir={workdir}", "--platform=cpu",
+                                     *flags], cwd=ROOT, env={**os.environ, **own, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     return STARTED[-1]
 
 
-def start_two(workdir, *args, devices=4):
-    """Two processes of one run; --hang_timeout=20: noticed soon, by the standards of a busy machine."""
+def start_two(workdir, *args, devices=4, folders=None, **options):
+    """Two processes of one run; --hang_timeout=20: noticed soon, by the standards of a busy machine. folders: of each one's temporary files."""
     port = free_port()
+    own = [{"TMPDIR": str(folder)} for folder in folders] if folders else [{}, {}]
     return [start(workdir, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}", "--rendezvous_timeout=150",
-                  "--hang_timeout=20", *args, devices=devices) for i in (0, 1)]
+                  "--hang_timeout=20", *args, devices=devices, **options, **own[i]) for i in (0, 1)]
 
 
 def finish(processes, timeout=300):

@@ -1,19 +1,25 @@
 """Checkpoints that survive a kill at any moment, and say so where they do not.
 
-Layout, on a POSIX file system that all processes share::
+Layout, on a POSIX file system that all processes share, or in a folder of each process' own (``behind``)::
 
     DIR/<step>/                 the state, written by Orbax as a flat dict path -> array
     DIR/<step>/manifest.json    written last: leaves, extra data, size and hash of every file
+    DIR/<step>/part.<n>.json    folders apart: the same of what process n wrote
 
 Orbax writes into a temporary directory and renames it; then a background thread hashes what lies on
 the disk, forces it down, and puts the manifest there in one rename. A directory without a manifest is
 therefore a save that did not finish. Only after that are older checkpoints dropped, their manifest
 first. Leaves are stored under paths such as 'params/image/blocks/attn/query/kernel', so that a reader
 may take the parameters without knowing the optimizer.
+
+Folders apart hold what their process alone has. Whoever owns them (``bucket.Mirror``) brings the parts together in one place, and
+there the first process writes the manifest once it has seen the lists of all (``join``). Orbax' last step, an index over what all
+processes wrote, is left to whoever first reads them together (``_complete``): saving needs no process' files but its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -22,7 +28,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +43,7 @@ from vlm_jax import partitioning
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+INDEX = "manifest.ocdbt"     # Orbax' own, over the files of all processes
 # Every device writes a part of an array that they all hold, but not of a small one: to cut it, a program for
 # every shape is compiled at the first save, and run at each.
 SMALLEST_PART = 2**20   # bytes
@@ -123,7 +131,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _commit(directory: Path, content: dict[str, Any]) -> None:
+def _commit(directory: Path, content: dict[str, Any], name: str = MANIFEST) -> None:
     """Writes the manifest of a finished Orbax directory: after this, and not before, it counts."""
     entries = sorted(directory.rglob("*"))
     files = [entry for entry in entries if entry.is_file()]
@@ -133,42 +141,56 @@ def _commit(directory: Path, content: dict[str, Any]) -> None:
                                     zip(names, sizes, _digests(files))}}
     for entry in [*reversed(entries), directory, directory.parent]:
         _sync(entry)
-    fresh = directory / (MANIFEST + ".tmp")
-    fresh.write_text(json.dumps({"checksum": _checksum(content), "content": content}))
+    _put(directory / name, json.dumps({"checksum": _checksum(content), "content": content}).encode())
+
+
+def _put(file: Path, content: bytes) -> None:
+    """A small file that is there whole, or not at all."""
+    fresh = file.with_name(file.name + ".tmp")
+    fresh.write_bytes(content)
     _sync(fresh)
-    os.replace(fresh, directory / MANIFEST)
-    _sync(directory)
+    os.replace(fresh, file)
+    _sync(file.parent)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The content of a checkpoint's manifest: format, step, leaves, extra, files.
 
     Raises DamageError where it is absent, unreadable or altered, ValueError where it has another format:
     that is a checkpoint of another version of this program, not one to pass over.
     """
-    file = Path(directory) / MANIFEST
+    file = Path(directory) / name
     if not file.is_file():
-        raise DamageError(f"uncommitted: no {MANIFEST}")
-    try:
-        whole = json.loads(file.read_bytes())
-        checksum, content = whole["checksum"], whole["content"]
-        intact = checksum == _checksum(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"damaged: {MANIFEST} is unreadable ({error})") from error
-    if not intact:
-        raise DamageError(f"damaged: {MANIFEST} does not match its own checksum")
+        raise DamageError(f"uncommitted: no {name}")
+    content = _content(file.read_bytes(), name)
     if content["format"] != FORMAT:
         raise ValueError(f"{file} has format {content['format']}; this program reads format {FORMAT}")
     return content
 
 
+def _content(raw: bytes, name: str) -> dict[str, Any]:
+    try:
+        whole = json.loads(raw)
+        checksum, content = whole["checksum"], whole["content"]
+        intact = checksum == _checksum(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"damaged: {name} is unreadable ({error})") from error
+    if not intact:
+        raise DamageError(f"damaged: {name} does not match its own checksum")
+    return content
+
+
 def damage(directory: Path) -> str | None:
     """Why a checkpoint directory cannot be used, or None: every file is read and compared."""
-    directory = Path(directory)
+    directory, here = Path(directory), partitioning.process_number()
     try:
         files = read_manifest(directory)["files"]
     except DamageError as error:
         return str(error)
+    if _is_own(directory):      # what others have of it is looked at when it comes
+        if any(_is_of(name, here) and not (directory / name).exists() for name in files):
+            _bring(directory)
+        files = {name: entry for name, entry in files.items() if _is_of(name, here) or (directory / name).exists()}
     for name, (size, _) in files.items():
         file = directory / name
         if not file.is_file():
@@ -193,10 +215,11 @@ def _steps(directory: Path) -> list[int]:
 
 def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
     """The newest step whose files all match its manifest (None without one), and what was passed over:
-    (step, reason) newest first. With several processes the first one reads, and all are told."""
-    def survey():
+    (step, reason) newest first. With several processes the first one reads, and all are told; where folders are apart, each
+    reads its own, and the step is good in all of them."""
+    def survey(newest: float = float("inf")) -> tuple[int | None, Skipped]:
         skipped = []
-        for step in _steps(Path(directory)):
+        for step in (step for step in _steps(Path(directory)) if step <= newest):
             reason = damage(Path(directory) / str(step))
             if reason is None:
                 return step, skipped
@@ -204,8 +227,95 @@ def latest_good(directory: Path | str) -> tuple[int | None, Skipped]:
             skipped.append((step, reason))
         return None, skipped
 
-    step, skipped = partitioning.from_first(survey)
-    return step, [(s, reason) for s, reason in skipped]
+    if not is_apart(directory):
+        step, skipped = partitioning.from_first(survey)
+        return step, [(s, reason) for s, reason in skipped]
+    told, newest, agreed = {}, float("inf"), False
+    while not agreed:
+        found = partitioning.exchange(survey(newest))
+        told |= {step: reason for _, skipped in found for step, reason in skipped}
+        steps = [step for step, _ in found]
+        agreed = None in steps or len(set(steps)) == 1
+        newest = None if None in steps else min(steps)
+    return newest, sorted(told.items(), reverse=True)
+
+
+# ---------------------------------------------------------------- folders apart
+
+_root: Path | None = None
+_bring: Callable[[Path], None] | None = None
+
+
+@contextlib.contextmanager
+def behind(root: Path, bring: Callable[[Path], None]) -> Iterator[None]:
+    """Inside, ``root`` is a folder of this process' own that somebody brings together with one place for all processes.
+
+    Of several, he takes the parts of all there, and puts the manifest here once they have come (``join``, ``accept``). ``bring(directory)``
+    makes a checkpoint complete with what lies there: what other processes wrote of it, or all of an older one.
+    """
+    global _root, _bring
+    before, (_root, _bring) = (_root, _bring), (Path(root).absolute(), bring)
+    try:
+        yield
+    finally:
+        _root, _bring = before
+
+
+def is_apart(directory: Path | str) -> bool:
+    """Whether all processes write there, each into a folder of its own."""
+    return partitioning.process_count() > 1 and _is_own(directory)
+
+
+def _is_own(directory: Path | str) -> bool:
+    return _root is not None and Path(directory).absolute().is_relative_to(_root)
+
+
+def part(process: int) -> str:
+    """The list of what a process wrote of a checkpoint: to be sent after its files."""
+    return f"part.{process}.json"
+
+
+def _is_of(name: str, process: int) -> bool:
+    """Whether a file of a checkpoint is that of ``process``: what all write alike is the first one's."""
+    found = re.search(r"process_(\d+)(/|$)", name)
+    return (int(found[1]) if found else 0) == process
+
+
+def join(directory: Path, lists: Sequence[bytes]) -> bool:
+    """Writes the manifest from the first process' list and those of the others, where all are of one save; whether they are."""
+    mine = read_manifest(directory, part(0))
+    others = [_content(raw, part(number)) for number, raw in enumerate(lists, 1)]
+    if any(other["save"] != mine["save"] for other in others):
+        return False
+    content = {**mine, "files": {name: entry for each in (mine, *others) for name, entry in each["files"].items()}}
+    _put(directory / MANIFEST, json.dumps({"checksum": _checksum(content), "content": content}).encode())
+    return True
+
+
+def accept(directory: Path, process: int, manifest: bytes) -> bool:
+    """Puts the manifest that the first process wrote beside the part of ``process``; whether it is of the same save."""
+    if _content(manifest, MANIFEST).get("save") != read_manifest(directory, part(process))["save"]:
+        return False
+    _put(directory / MANIFEST, manifest)
+    return True
+
+
+def _complete(directory: Path) -> None:
+    """Makes a committed checkpoint one that Orbax can read: the files of all processes, and an index over them. Raises ValueError."""
+    def index() -> None:
+        if not (directory / INDEX).exists() and any(directory.glob("ocdbt.process_*")):
+            ocp.PyTreeCheckpointHandler().finalize(directory)
+
+    if not _is_own(directory):
+        partitioning.from_first(index)
+        return
+    if not (directory / MANIFEST).exists() or any(not (directory / name).exists() for name in read_manifest(directory)["files"]):
+        _bring(directory)
+        missing = [name for name in read_manifest(directory)["files"] if not (directory / name).exists()]
+        reason = f"damaged: {missing[0]} is missing" if missing else damage(directory)
+        if reason:
+            raise ValueError(f"checkpoint {directory} cannot be read: {reason}")
+    index()
 
 
 def _remove(directory: Path) -> None:
@@ -281,6 +391,7 @@ def load_params(directory: Path | str, pattern: str = ".*", *, collections: Sequ
     if step is None:
         reasons = "".join(f"\n  {s}: {reason}" for s, reason in skipped)
         raise FileNotFoundError(f"no good checkpoint under {directory}{reasons}")
+    _complete(directory / str(step))
     leaves = read_manifest(directory / str(step))["leaves"]
     owner: dict[str, str] = {}
     for collection in collections:
@@ -316,9 +427,17 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self.keep = keep
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._apart, self._process = is_apart(self.directory), partitioning.process_number()
+        together = partitioning.process_count() > 1 and not self._apart
+        who = ocp.options.MultiprocessingOptions() if together else \
+            ocp.options.MultiprocessingOptions(primary_host=self._process, active_processes={self._process})
         # Weights do not compress: zstd would take cores from the training step for a few percent.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=WRITERS))
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=WRITERS, multiprocessing_options=who)
+        if self._apart:
+            handler.finalize = lambda directory: None      # the index over all files is ``_complete``'s; Orbax knows no subclasses
+        self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=who)
         self._thread: threading.Thread | None = None
+        self._written, self._given_up = threading.Event(), threading.Event()
         self._in_flight: int | None = None
         self._error: BaseException | None = None
         self._good: set[int] | None = None                # verified, or written here; None before the first look
@@ -346,29 +465,52 @@ class Checkpointer:
         content = {"format": FORMAT, "step": int(step), "leaves": {p: _describe(x) for p, x in flat.items()},
                    "extra": json.loads(json.dumps(extra))}
         arrays = {path: jax.random.key_data(x) if _is_key(x.dtype) else x for path, x in flat.items() if x.size}
-        target = self.directory / str(int(step))
+        target, failed = self.directory / str(int(step)), None
+        if self._apart:      # a save that is tried again must not be joined with parts of the first try
+            content["save"] = partitioning.from_first(lambda: uuid.uuid4().hex)
         try:
-            if partitioning.is_first():
+            if partitioning.is_first() or self._apart:
                 self._sweep()
             # force: a shared file system may still show another process what was swept
             self._orbax.save(target, args=ocp.args.PyTreeSave(arrays), force=True)
         except OSError as error:
-            raise SaveError(f"saving checkpoint {target} failed: {type(error).__name__}: {error}") from error
+            if not self._apart:
+                raise SaveError(f"saving checkpoint {target} failed: {type(error).__name__}: {error}") from error
+            failed = error      # the others do not know yet, and are told in ``wait``
         self._in_flight = int(step)
-        self._thread = threading.Thread(target=self._finish, args=(target, content), name="checkpoint-commit")
+        self._written.clear()
+        self._given_up.clear()
+        self._thread = threading.Thread(target=self._finish, args=(target, content, failed), name="checkpoint-commit")
         self._thread.start()
 
-    def _finish(self, target: Path, content: dict[str, Any]) -> None:
+    def _finish(self, target: Path, content: dict[str, Any], failed: OSError | None) -> None:
         """Runs in the background: wait for Orbax, write the manifest, then drop what is too old."""
         try:
+            if failed:
+                raise failed
             self._orbax.wait_until_finished()
-            if partitioning.is_first():
+            if self._apart:
+                for file in [file for file in target.rglob("*") if file.is_file()]:
+                    if not _is_of(file.relative_to(target).as_posix(), self._process):
+                        file.unlink()
+                _commit(target, content, part(self._process))
+                self._written.set()
+                while not (target / MANIFEST).exists():
+                    if self._given_up.wait(0.05):
+                        return
+            elif partitioning.is_first():
                 _commit(target, content)
+            if partitioning.is_first() or self._apart:
                 committed = [s for s in _steps(self.directory) if (self.directory / str(s) / MANIFEST).exists()]
                 for step in committed[self.keep:]:
                     _remove(self.directory / str(step))
         except BaseException as error:                    # kept for the training thread to raise
-            self._error = error
+            if self._written.is_set():      # the save itself is good, which the others know
+                log.warning("dropping old checkpoints of %s failed: %s", self.directory, error)
+            else:
+                self._error = error
+        finally:
+            self._written.set()
 
     def _sweep(self) -> None:
         """Removes unfinished saves, and the damaged ones that are newer than the newest good one: they
@@ -385,15 +527,24 @@ class Checkpointer:
         """Blocks until the save in flight is committed. Raises SaveError when it failed, in any process."""
         if self._thread is None:
             return
+        self._written.wait()
+        failed = any(partitioning.exchange(self._error is not None))
+        if failed:
+            self._given_up.set()
         self._thread.join()
         self._thread, step, self._in_flight = None, self._in_flight, None
         error, self._error = self._error, None
-        failed = error is not None
-        failed = any(partitioning.exchange(failed))
         if failed:
             reason = f"{type(error).__name__}: {error}" if error else "see the other processes"
             raise SaveError(f"saving checkpoint {self.directory / str(step)} failed: {reason}") from error
         self._good.add(step)
+
+    def busy(self) -> bool:
+        """Whether ``wait`` would wait for more than disks: folders are apart, and a save has not come together yet."""
+        if not self._apart:
+            return False
+        states = partitioning.exchange([self._thread is not None and self._thread.is_alive(), self._error is not None])
+        return any(alive for alive, _ in states) and not any(failed for _, failed in states)
 
     def has(self, step: int) -> bool:
         """Whether ``step`` was found good, or committed here."""
@@ -420,6 +571,7 @@ class Checkpointer:
             reason = partitioning.from_first(lambda: damage(where))
             if reason is not None:
                 raise ValueError(f"checkpoint {where} cannot be restored: {reason}")
+        _complete(where)
         manifest = read_manifest(where)
         wanted = flatten(abstract_state)
         _refuse_differences(where, manifest["leaves"], {path: _describe(leaf) for path, leaf in wanted.items()})
