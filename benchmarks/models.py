@@ -36,7 +36,8 @@ class Compared:
     batch: int
 
 
-COMPARED = {"clip_b32": Compared("clip", "b32", "ViT-B-32", 32), "clip_l14": Compared("clip", "l14", "ViT-L-14", 8), "coca_b32": Compared("coca", "b32_open", "coca_ViT-B-32", 16)}
+COMPARED = {"clip_b32": Compared("clip", "b32", "ViT-B-32", 32), "clip_l14": Compared("clip", "l14", "ViT-L-14", 8),
+            "coca_b32": Compared("coca", "b32_open", "coca_ViT-B-32", 16)}
 
 
 # ---- ours --------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(f"the models differ: {facts}")
             blocks = paired.alternate({"ours": lambda: ours.block(given.steps), "open_clip": lambda: theirs.block(given.steps)},
                                       given.rounds, given.drop)
-    paired.report(given, f"train step of {given.model} on {ours.facts['device']}, batch {rows}, captions {given.captions}, text {ours.facts['text'][1]} against "
+    paired.report(given, f"train step of {given.model} on {ours.facts['device']}, batch {rows}, captions {given.captions}, "
+                  f"text {ours.facts['text'][1]} against "
                   f"{theirs.facts['text'][1]} tokens, {ours.facts['parameters']:,} parameters", machine, blocks,
                   paired.compare(blocks, [("ours", "open_clip")]), work=rows, unit="samples", facts=facts)
 

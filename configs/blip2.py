@@ -44,7 +44,7 @@ RERANK = dict(kind="rerank", options=dict(k=128, score="match+cosine"))      # l
 # What is frozen lies in these in fine-tuning on a card. By the compiler all 64 rows of a step pass at once (docs/results.md, "Fine-tuning on one card")
 FROZEN, ON_ONE_CARD = {"24gb": "bfloat16", "16gb": "int8"}, ("opt2.7b", "flant5xl")
 # Section 3.2: the encoder reads the beginning of a caption and the decoder writes the rest; where it is cut is not told. The released code does not cut
-T5, HALVES = ("flant5xl", "flant5xxl"), dict(layout="apart", prompt_length=32, prefix="words")
+HALVES = dict(layout="apart", prompt_length=32, prefix="words")
 PROMPTS = {"opt": "Question: {q} Answer:", "t5": "Question: {q} Short answer:"}      # section 4.1
 # lavis/projects/blip2/eval/caption_coco_*.yaml, and what the captioning task passes where the yaml is silent
 BEAMS = dict(method="beam", beams=5, max_length=30, min_length=8, length_penalty=0.0, repetition_penalty=1.15)
@@ -63,9 +63,10 @@ def get_config(arg=""):
     pretrain, generate = pretrain_of(args.vit, args.res or 224, args.eye, args.bert), generate_of(args.vit, args.size, args.res or 224, args.language)
     origin = {"pretrain": args.words or "@pretrain", "generate": args.start or "@generate"}
     after = {name: seen + (() if seen else (("image/position_embed", f"{start}:", resize),)) + (start,) for name, start in origin.items()}
-    halved = dict(generate, data=dict(generate["data"], **(HALVES if args.size in T5 else {})))
+    halved = dict(generate, data=dict(generate["data"], **(HALVES if LANGUAGES[args.size][0]["family"] == "t5" else {})))
     return c.stages(("pretrain", "generate"), pretrain=pretrain, generate=halved, caption=caption(generate, args.res or 364, after["generate"]),
-                    vqa=vqa(pretrain, generate, args.res or 364, (words_of(origin["pretrain"]), *after["generate"]), args.bert), retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
+                    vqa=vqa(pretrain, generate, args.res or 364, (words_of(origin["pretrain"]), *after["generate"]), args.bert),
+                    retrieval=retrieval(pretrain, args.res or 364, after["pretrain"]))
 
 
 # ---- scenes: an eye and two language models first, as there are none to take
@@ -117,7 +118,8 @@ def scenes(res):
     second = dict(language_t5=language(ENCODER, "apart"), generate_t5=generate(ENCODER, "language_t5", "apart"))
     spoken = first["generate"]
     # Section 4.3 of the paper: the queries read the question too
-    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)), init=(words_of("@pretrain"), "@generate"),
+    vqa = dict(spoken, model=dict(spoken["model"], qformer=pretrain["model"]["qformer"], instruction_tokens=dict(tokens, dec=-1)),
+               init=(words_of("@pretrain"), "@generate"),
                trainable=LANGUAGE_FROZEN, steps=200, evals=dict(vqa=dict(QUESTION, template="", examples=500)),
                data=dict(spoken["data"], train="scenes:train/vqa", eval="scenes:test/vqa", templates=(QUESTION["template"],),
                          instruction_tokenizer="scenes_instruct", instruction_length=24))
@@ -234,7 +236,8 @@ def on_one_card(size, memory, tune, start):
     model = dict(base["model"], qformer=dict(base["model"]["qformer"], remat="full"))
     data = dict(base["data"], batch=64, augment="squash", cache_features="features", threads=4, block=1, window=1,
                 tokenizer=f"{start}/tokenizer" if start else "")
-    captions, answers = dict(kind="caption", options=BEAMS, every="1epoch", batch=8), dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch", batch=8)
+    captions = dict(kind="caption", options=BEAMS, every="1epoch", batch=8)
+    answers = dict(kind="vqa", options=dict(method="generate", beams=5), every="1epoch", batch=8)
     return c.stages(
         ("caption",), generate=base,
         caption=c.stage(**dict(shared, model=dict(model, prompt="a photo of"), data=data, evals=dict(caption=captions), select=dict(metric="caption/CIDEr-D"))),

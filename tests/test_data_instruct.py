@@ -156,9 +156,7 @@ def test_turns_are_one_row_with_a_span_each(tokenizer):
     assert said == {"what colour is it": "red", "what colour is it red how many": "two"}      # a turn is drawn, what came before is history
 
 
-def test_what_is_learned_may_be_the_whole_row_and_a_text_may_be_cut_in_two(tokenizer):
-    whole = one([{"prompt": "red", "text": ["blue"]}], tokenizer, Layout("joined", prompt_length=2, learned="row"), 2)
-    assert whole["target_mask"][0].tolist() == [False, True, True, True]
+def test_a_text_may_be_cut_in_two(tokenizer):
     text = "a red circle left of a blue square"
     batch = one([{"text": [text]}] * 32, tokenizer, Layout("apart", prompt_length=12, prefix="words"), 12)
     halves = {(tokenizer.decode(p[m]), tokenizer.decode(t)) for p, m, t in zip(batch["prompt"], batch["prompt_mask"], batch["text"], strict=True)}
@@ -469,8 +467,6 @@ def test_a_stage_tells_the_model_the_marks_that_it_reads():
     (dict(layout="joined", prompt_length=8, eval_template="{p}"), r"slot \{p\}; nearest: 'q'"),
     (dict(layout="joined", prompt_length=8, instruction_length=8), "instruction_tokenizer='' and instruction_length=8.*instruction_tokenizer='scenes'"),
     (dict(layout="joined", prompt_length=8, instruction_tokenizer="scenes"), "instruction_length=0.*nearest: instruction_length=32"),
-    (dict(layout="apart", prompt_length=8, learned="row"), "learned='row' is of layout='joined'.*nearest: learned='reply'"),
-    (dict(layout="apart", prompt_length=8, learned="rows"), "learned='rows'.*nearest: 'row'"),
     (dict(layout="apart", prompt_length=1), "prompt_length=1 does not hold the tokenizer's marks of a prompt; nearest: 2"),
     (dict(layout="joined", prompt_length=8, prefix="word"), "prefix='word'.*nearest: 'words'"),
     (dict(layout="joined", prompt_length=8, marks=dict(begn=2)), "marks.begn=2 is not known; nearest: 'begin'"),

@@ -24,7 +24,7 @@ def stage_of(family, layout=None, **data):
     with section.ignore_type():
         tower = dict(family=family, variant="mini", width=16, heads=2, layers=1, mlp_dim=16, **({"head_dim": 8} if family == "t5" else {}))
         section.model = dict(language=tower, tokens=dict(vocab=40, bos=1, eos=2, pad=0))
-        section.data.update(batch=4, tokenizer="", train="", eval="", layout=layout or LAYOUTS[family], prompt_length=4, length=6, learned="reply", **data)
+        section.data.update(batch=4, tokenizer="", train="", eval="", layout=layout or LAYOUTS[family], prompt_length=4, length=6, **data)
     return stages.resolve(section, "language")
 
 

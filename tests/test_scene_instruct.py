@@ -177,17 +177,18 @@ def test_texts_say_before_what_they_ask_for():
     captions = [a for a in asked if a.replies and judge(scene_instruct.make_scene(0, "train"), a.replies[0])["understood"]]
     again = [a for a in captions if a.prompt.startswith(a.replies[0])]
     assert 130 < len(again) < 200 and len(captions) > len(again) + 60
-    for a in captions:
-        assert {thing.get("shape") for thing in parse(a.replies[0]).objects} - {"circle", "square", "cross"} <= set(re.findall("[a-z]+", a.prompt))      # but for the three with synonyms
+    for a in captions:      # but for the three with synonyms
+        shapes = {thing.get("shape") for thing in parse(a.replies[0]).objects} - {"circle", "square", "cross"}
+        assert shapes <= set(re.findall("[a-z]+", a.prompt))
 
 
 def test_texts_and_videos_make_batches():
     tokenizer = tokenizers.load("scenes_instruct")
     options = dict(size=32, augment="squash", threads=0, length=60)
     with train_batches(open_source("scenes:train/text"), tokenizer, **options, batch=64, seed=0, rows=Rows(images=0),
-                       layout=Layout("joined", prompt_length=90, learned="row")) as batches:
+                       layout=Layout("joined", prompt_length=90)) as batches:
         batch = next(batches)[1]
-    assert "image" not in batch and batch["target_mask"].sum() == batch["text_mask"].sum() - 64 and 1 not in batch["text"][:, 1:]
+    assert "image" not in batch and 0 < batch["target_mask"].sum() < batch["text_mask"].sum() - 64 and 1 not in batch["text"][:, 1:]
     with eval_batches(open_source("scenes:test/video"), tokenizer, **options, batch=4, limit=4, rows=Rows(images=4),
                       layout=Layout("apart", prompt_length=40, templates="task")) as batches:
         (batch, meta), = batches

@@ -69,7 +69,6 @@ class Data:
     templates: wordings of prompts, one drawn for each example: a task of data/templates.py, texts of one's own, "task" for each sample's own,
         "" for the prompt as it stands. eval_template: that of evaluation, "" for the first.
     prefix: "words": in training a text without a prompt is cut between two words that are drawn; the first part is its prompt.
-    learned: "reply", or "row": prompts are learned too, as a language model learns.
     cache_features: a folder where what a frozen tower makes of images is kept, so that it is computed once, "" for none; relative ones lie in the stage's own.
     marks: what stands around prompts and replies (layouts.Marks), where it is not the tokenizer's own.
     """
@@ -106,7 +105,6 @@ class Data:
     templates: str | tuple[str, ...] = ""
     eval_template: str = ""
     prefix: str = ""
-    learned: str = "reply"
     cache_features: str = ""
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -121,7 +119,7 @@ class Data:
                              + ("instruction_length=32" if self.instruction_tokenizer else f"instruction_tokenizer={self.tokenizer!r}"))
         if self.layout != "plain" and self.swap:
             raise ValueError(f"swap={self.swap!r} is of captions in layout='plain', not {self.layout!r}; nearest: swap=''")
-        return Layout(self.layout, self.prompt_length, self.instruction_length, self.templates, self.eval_template, self.prefix, self.learned,
+        return Layout(self.layout, self.prompt_length, self.instruction_length, self.templates, self.eval_template, self.prefix,
                       Marks(**self.marks))
 
     @functools.cached_property

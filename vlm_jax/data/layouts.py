@@ -22,7 +22,6 @@ from vlm_jax.errors import nearest
 LAYOUTS = ("plain", "joined", "apart")
 ENDS = ("eos", "none")
 PREFIXES = ("", "words")
-LEARNED = ("reply", "row")
 BY_TASK = "task"     # data.templates: each sample's own
 
 
@@ -62,7 +61,6 @@ class Layout:
     templates: str | tuple[str, ...] = ""
     eval_template: str = ""
     prefix: str = ""
-    learned: str = "reply"
     marks: Marks = Marks()
 
     def __post_init__(self):
@@ -70,8 +68,6 @@ class Layout:
             raise ValueError(f"layout={self.name!r} is not known{nearest(self.name, LAYOUTS)}")
         if self.prefix not in PREFIXES:
             raise ValueError(f"prefix={self.prefix!r} is not known{nearest(self.prefix, PREFIXES[1:])}")
-        if self.learned not in LEARNED:
-            raise ValueError(f"learned={self.learned!r} is not known{nearest(self.learned, LEARNED)}")
         if self.name == "plain":
             for field in dataclasses.fields(self)[1:]:
                 if getattr(self, field.name) != field.default:
@@ -79,8 +75,6 @@ class Layout:
         elif self.prompt_length < 1:
             raise ValueError(f"layout={self.name!r} needs prompt_length, the ids of a prompt with its begin, of at least 1, not {self.prompt_length}; "
                              "nearest: 1, or 32")
-        if self.learned == "row" and self.name != "joined":
-            raise ValueError(f"learned='row' is of layout='joined', not {self.name!r}, whose prompt is not written; nearest: learned='reply'")
         if self.instruction_length < 0:
             raise ValueError(f"instruction_length={self.instruction_length} must be at least 0; nearest: 0")
         self.listed()
@@ -306,13 +300,12 @@ class Writer:
 
     def _joined(self, said: Said) -> tuple[list[int], list[int]]:
         """(ids, 1 where learned)."""
-        everything = self.layout.learned == "row"
         ids, learned = list(self.front), [0] * len(self.front)
         for at, (prompt, reply) in enumerate(said.turns):
             room = self.layout.prompt_length - len(self.front) * (at == 0)
             asked, told = _last(self.tokenizer.body(prompt), room) if prompt else [], self._reply(reply, bool(prompt or at))[:self.length]
             ids += asked + told
-            learned += [int(everything)] * len(asked) + [1] * len(told)
+            learned += [0] * len(asked) + [1] * len(told)
         columns = self.layout.columns(self.length)
         return ids[:columns], learned[:columns]
 
