@@ -1,6 +1,6 @@
 """A small run, killed at random moments, ends bitwise where it would have ended undisturbed.
 
-    python -m benchmarks.kills --rounds=200 [--steps=240] [--seed=0] [--out FILE.json]
+    python -m benchmarks.kills --rounds=200 [--steps=120] [--seed=0] [--out FILE.json]
 
 A round is one SIGKILL: half of them fall while a checkpoint is being written, a tenth before training has begun again, the others
 at any time. A run that reaches its last step is compared with an undisturbed one, every leaf of its state and every row of its
@@ -141,10 +141,14 @@ def strike(pid: int, folder: pathlib.Path, chance: random.Random) -> str | None:
     return "before training" if size(metrics) <= before and kind < 0.1 else "between saves"
 
 
+def told(fell: collections.Counter) -> str:
+    return ", ".join(f"{where}: {n}" for where, n in fell.most_common())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=240, help="of a run")
+    parser.add_argument("--steps", type=int, default=120, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args(argv)
@@ -179,13 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     break
                 kills, here = kills + 1, here + 1
                 fell[where] += 1
+                if kills % 10 == 0:
+                    print(f"{kills} kills, {time.monotonic() - began:.0f} s; they fell {told(fell)}", flush=True)
             same = digest_of(folder) == expected
             wrong += not same
             summed = goodput.total(goodput.read(folder / "goodput.jsonl"))
             rates.append({"kills": here, "same": same, "seconds": {k: round(v, 2) for k, v in summed.items()}})
             print(f"run {runs}: killed {here} times, the end is {'bitwise the same' if same else 'NOT THE SAME'}; {goodput.line(summed)}", flush=True)
     seconds = time.monotonic() - began
-    print(f"{kills} kills in {runs} runs, {wrong} ends that differ; they fell {', '.join(f'{where}: {n}' for where, n in fell.most_common())}; "
+    print(f"{kills} kills in {runs} runs, {wrong} ends that differ; they fell {told(fell)}; "
           f"{seconds:.0f} s, {seconds / max(1, kills):.1f} s a round")
     if args.out:
         args.out.write_text(json.dumps({"rounds": kills, "runs": rates, "differ": wrong, "fell": fell, "seconds": round(seconds, 1)}, indent=1))

@@ -18,6 +18,7 @@ from vlm_jax.nn.attention import (
     attend_xla,
     choose,
     per_device,
+    write,
 )
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -190,10 +191,11 @@ def test_cache_equals_the_whole_sequence(index, qk_norm):
     cache = {"key": jnp.ones((2, 9, 4, 4)), "value": jnp.full((2, 9, 4, 4), 1e9)}   # what is not written must not be seen
     at = (lambda n: n) if index == "scalar" else (lambda n: jnp.array([n, n]))
     step = jax.jit(lambda x, cache, at: model.apply(params, x, cache=cache, index=at))
-    first, cache = step(x[:, :3], cache, at(0))
+    first, new = step(x[:, :3], cache, at(0))
     rest = []
     for t in range(3, 6):
-        y, cache = step(x[:, t:t + 1], cache, at(t))
+        cache = jax.tree.map(lambda kept, part: write(kept, part, at(t - part.shape[1])), cache, new)
+        y, new = step(x[:, t:t + 1], cache, at(t))
         rest.append(y)
     np.testing.assert_allclose(jnp.concatenate([first, *rest], 1), whole, atol=1e-5)
 
@@ -203,10 +205,32 @@ def test_rows_of_a_batch_may_stand_at_different_positions():
     run = jax.jit(model.apply)
     whole, _ = run(params, x)
     empty = {n: jnp.zeros((2, 6, 4, 4)) for n in ("key", "value")}
-    _, cache = run(params, x[:, :4], cache=empty, index=0)   # row 0 has 2 real tokens, row 1 has 4
+    _, four = run(params, x[:, :4], cache=empty, index=0)   # row 0 has 2 real tokens, row 1 has 4
+    cache = {name: write(empty[name], four[name], 0) for name in empty}
     new = jnp.stack([x[0, 2:4], x[1, 4:6]])
     y, _ = run(params, new, cache=cache, index=jnp.array([2, 4]))
     np.testing.assert_allclose(y, jnp.stack([whole[0, 2:4], whole[1, 4:6]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", ["rms", "none"])
+def test_rows_beside_each_other_look_at_what_lies_once(qk_norm):
+    """Beams of an example: what came before them, and a memory."""
+    model, params, x = layer(causal="causal", qk_norm=qk_norm)
+    run = jax.jit(model.apply)
+    empty = {n: jnp.full((2, 6, 4, 4), 1e9) for n in ("key", "value")}
+    _, new = run(params, x[:, :4], cache=empty, index=0)
+    beams, padding = jnp.repeat(x[:, 4:], 3, 0) * jnp.linspace(0.5, 1, 6)[:, None, None], jnp.ones((6, 1, 1, 6), bool).at[3:, :, :, 0].set(False)
+    full = {name: jnp.repeat(write(empty[name], new[name], 0), 3, 0) for name in empty}
+    wanted, _ = run(params, beams, cache=full, index=4, mask=padding)
+    apart = {"before_key": new["key"], "before_value": new["value"], **{n: jnp.full((6, 2, 4, 4), 1e9) for n in ("key", "value")}}
+    found, last = run(params, beams, cache=apart, index=4, mask=padding)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert {name: part.shape for name, part in last.items()} == {"key": (6, 2, 4, 4), "value": (6, 2, 4, 4)}
+    swapped, _ = run(params, beams, cache={**apart, "before_key": new["key"][::-1]}, index=4, mask=padding)
+    assert np.abs(swapped - wanted).max() > 1e-3
+    keys, values = new["key"], new["value"]
+    look = functools.partial(model.apply, params, method="attend_cached")
+    np.testing.assert_allclose(look(beams, keys, values), look(beams, jnp.repeat(keys, 3, 0), jnp.repeat(values, 3, 0)), atol=1e-6)
 
 
 def test_cached_memory_equals_memory():

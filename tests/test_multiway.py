@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax import partitioning
+from vlm_jax.nn.block import grown
 from vlm_jax.nn.multiway import Layout, multiway_stack, one
 from vlm_jax.train.state import unbox
 
@@ -101,7 +102,8 @@ def test_a_cache_gives_what_the_whole_causal_sequence_gives():
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
     whole = run(stack, params, X, BOTH, mask=jnp.tril(jnp.ones((8, 8), bool))[None, None])
     cache = {name: jnp.zeros((2, 4, 8, 2, WIDTH // 2)) for name in ("key", "value")}
-    first, cache = stack.apply(variables, X[:, :5], Layout((("text", 3), ("image", 2))), None, None, cache, jnp.int32(0), None)
+    first, new = stack.apply(variables, X[:, :5], Layout((("text", 3), ("image", 2))), None, None, cache, jnp.int32(0), None)
+    cache = grown(cache, new, 0)
     second, _ = stack.apply(variables, X[:, 5:], one("image", 3), None, None, cache, jnp.int32(5), None)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
+from vlm_jax.nn.block import grown
 from vlm_jax.nn.embed import ImageEmbed, TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import TwoLayerHead
@@ -154,13 +155,12 @@ class Tower(nn.Module):
         def part(tree, first, last):
             return None if tree is None else jax.tree.map(lambda a: a[first:last], tree)
 
-        x, lower = self.blocks(x, layout, mask, None, part(cache, 0, below), index, part(rates, 0, below))
-        if not self.joint_layers:
-            return shard(x, "batch", "length", "act_embed"), lower
-        top = one(JOINT, layout.length) if len(layout.segments) > 1 else layout
-        x, upper = self.blocks_joint(x, top, mask, None, part(cache, below, None), index, part(rates, below, None))
-        cache = None if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), lower, upper)
-        return shard(x, "batch", "length", "act_embed"), cache
+        x, new = self.blocks(x, layout, mask, None, part(cache, 0, below), index, part(rates, 0, below))
+        if self.joint_layers:
+            top = one(JOINT, layout.length) if len(layout.segments) > 1 else layout
+            x, upper = self.blocks_joint(x, top, mask, None, part(cache, below, None), index, part(rates, below, None))
+            new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, upper)
+        return shard(x, "batch", "length", "act_embed"), None if cache is None else grown(cache, new, index)
 
     def finish(self, x: jax.Array, layout: Layout) -> jax.Array:
         return self.output_norm(x, layout) if self.final_norm else x

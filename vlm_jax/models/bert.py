@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import nearest
-from vlm_jax.nn.block import init_cache, pair_stack, post_stack
+from vlm_jax.nn.block import grown, init_cache, pair_stack, post_stack
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import gelu
@@ -137,7 +137,8 @@ class Bert(nn.Module):
                memory_mask: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The decoder's states of ids [b, k] at positions index, index + 1, ... -> ([b, k, width], cache). ``memory`` at prefill alone,
         ``memory_mask`` always."""
-        return self.blocks_cross.decode(self.embed(ids, index), None, memory, keys(memory_mask), cache, index, None)
+        x, new = self.blocks_cross.decode(self.embed(ids, index), None, memory, keys(memory_mask), cache, index, None)
+        return x, grown(cache, new, index)
 
     def table(self) -> jax.Array:
         """The token table [vocab, width], which language-model heads share."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import nearest
 from vlm_jax.models.bert import keys
 from vlm_jax.nn.attention import Rotary
-from vlm_jax.nn.block import Stack, init_cache
+from vlm_jax.nn.block import BEFORE_AXES, Stack, init_cache
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.lora import low_rank
 from vlm_jax.nn.narrow import widen
@@ -69,8 +69,8 @@ class Decoder(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
 
-    # Where the rows of a cache are, for ``decode``'s batch_axis: [layers, b, ...], [b, ...], shared.
-    CACHE_AXES = {"layers": 1, "mask": 0, "index": -1}
+    # Where the rows of a cache that ``behind`` made are, for ``decode``'s batch_axis.
+    CACHE_AXES = {"layers": BEFORE_AXES, "mask": 0, "index": -1}
 
     def setup(self):
         if self.head not in HEADS:
@@ -115,6 +115,12 @@ class Decoder(nn.Module):
         """An empty cache of ``length`` tokens: keys and values of the layers, the mask of what was given, and the index of what comes."""
         return {"layers": init_cache(self.layers, batch, length, self.heads, self.width // self.heads, dtype=self.dtype),
                 "mask": jnp.zeros((batch, length), bool), "index": jnp.int32(0)}
+
+    def behind(self, cache: dict[str, Any], length: int) -> dict[str, Any]:
+        """A cache for ``length`` tokens behind a full one, which lies in it once, however many beams or candidates will go on from a row."""
+        full, mask = cache["layers"], cache["mask"]
+        return {"layers": {"before_key": full["key"], "before_value": full["value"], **self.init_cache(len(mask), length)["layers"]},
+                "mask": jnp.pad(mask, ((0, 0), (0, length))), "index": cache["index"]}
 
     def extend(self, x: jax.Array, cache: dict[str, Any], mask: jax.Array | None = None, positions: jax.Array | None = None
                ) -> tuple[jax.Array, dict[str, Any]]:

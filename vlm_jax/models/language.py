@@ -71,7 +71,8 @@ def continuation(call: Callable[[Callable[[Any], Any]], Any], language: Language
             if isinstance(tower, t5.T5):
                 states, cache = tower.extend(tower.embed(prompt), language.init_cache(rows, length, given), tower.encode(x, mask), mask)
             else:
-                states, cache = tower.extend(x, language.init_cache(rows, given + length - prompt.shape[1]), mask)
+                states, cache = tower.extend(x, language.init_cache(rows, given), mask)
+                cache = language.behind(cache, length - prompt.shape[1])
             return tower.logits(states[:, -1:])[:, 0], cache
 
         logits, cache = call(begin)

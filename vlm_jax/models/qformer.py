@@ -199,7 +199,7 @@ class QFormer(nn.Module):
         mask = (jnp.arange(length) <= index + jnp.arange(ids.shape[1])[:, None])[None, None]
         layers = {name: cache[name] for name in ("blocks", "tail") if name in cache}
         x, own, _ = self.run(self.embed(ids, start=cache["index"]), Layout(((TEXT, ids.shape[1]),)), mask, cache=layers, index=index)
-        return x, {**own, "index": cache["index"] + ids.shape[1]}
+        return x, {**jax.tree.map(lambda kept, new: write(kept, new, index), layers, own), "index": cache["index"] + ids.shape[1]}
 
     def table(self) -> jax.Array:
         """The token table [vocab, width], which language-model heads share."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.models.bert import keys
 from vlm_jax.models.decoder import VocabularyHead, vocabulary_logits
-from vlm_jax.nn.block import Stack, init_cache
+from vlm_jax.nn.block import MEMORY_AXES, Stack, init_cache
 from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.norm import Norm
 from vlm_jax.partitioning import shard
@@ -74,7 +74,7 @@ class T5(nn.Module):
     dtype: Any = jnp.float32
 
     # Where the rows of a cache are, for ``decode``'s batch_axis.
-    CACHE_AXES = {"layers": 1, "memory_mask": 0, "index": -1}
+    CACHE_AXES = {"layers": MEMORY_AXES, "memory_mask": -1, "index": -1}
 
     def setup(self):
         block = dict(width=self.width, heads=self.heads, head_dim=self.head_dim, mlp_dim=self.mlp_dim, activation=self.activation, gated=True,

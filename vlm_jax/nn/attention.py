@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.errors import nearest
 from vlm_jax.nn import initializers
@@ -137,17 +138,37 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None,
     if causal == "causal":
         order = jnp.arange(k.shape[2])[None, :] <= jnp.arange(q.shape[2])[:, None]
         mask = order if mask is None else mask & order
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if mask is not None:  # a row without any key would be uniform
-        weights = jnp.where(mask, weights, 0)
-    return weights
+    return normalised(logits, mask)
+
+
+def normalised(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """fp32 [b, h, q, k] -> weights, rows of sum 1 (0 for a row without any key)."""
+    if mask is None:
+        return jax.nn.softmax(logits, axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.where(mask, weights, 0)      # a row without any key would be uniform
 
 
 def weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
     """weights [b, h, q, k], v [b, k, h, d] -> [b, q, h, d]."""
     return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+def attend_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask: jax.Array, bias: jax.Array | None = None,
+                 scale: float | None = None) -> jax.Array:
+    """``attend_xla`` to keys and values that lie in several arrays [m, k, h, d], as to one of them behind the other. Where m is less than the rows b of q,
+    b/m rows beside each other (the beams of an example) look at the same ones, which are read once for them. mask [b, h, q, all of k], as bias."""
+    def beside(x, rows):      # [b, h, q, ...] -> [m, h, b/m, q, ...]
+        return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
+
+    heads_first = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)) for k, v in parts]
+    q = q.transpose(0, 2, 1, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = [jnp.einsum("mhnqd,mhkd->mnhqk", beside(q, len(k)), k, preferred_element_type=jnp.float32) for k, _ in heads_first]
+    logits = jnp.concatenate([x.reshape(*q.shape[:3], -1) for x in logits], -1)
+    weights = normalised(logits if bias is None else logits + bias.astype(jnp.float32), mask)
+    ends = np.cumsum([k.shape[1] for k, _ in parts])[:-1]
+    seen = [jnp.einsum("mhnqk,mhkd->mnqhd", beside(w, len(v)).astype(v.dtype), v) for w, (_, v) in zip(jnp.split(weights, ends, -1), heads_first, strict=True)]
+    return sum(x.reshape(len(q), *x.shape[2:]) for x in seen)
 
 
 def pallas_kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], causal: str) -> jax.Array:
@@ -279,14 +300,15 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, memory: jax.Array | None = None, mask: jax.Array | None = None,
                  cache: dict[str, jax.Array] | None = None, index: jax.Array | None = None,
                  rotary: Rotary | None = None, bias: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x [b, q, width] -> ([b, q, out_width], cache).
+        """x [b, q, width] -> ([b, q, out_width], with a cache the keys and values of x, {"key", "value"} [b, q, h, d]).
 
         Args:
           memory: [b, k, kv_width], what to attend to; None: ``x`` itself.
           mask: True = may attend, to [b, h, q, k]; with a cache, k is the cache's length.
-          cache: {"key", "value"} [b, length, h, d] of self-attention; x's keys are written to
-            positions index, index + 1, ... and queries see what has been written up to
-            themselves (``causal``) or up to x's last token. See ``attend_cached`` for memory.
+          cache: {"key", "value"} [b, length, h, d] of self-attention, in which x's stand at
+            positions index, index + 1, ... (the caller writes them, with ``write``): queries see what stands up to
+            themselves (``causal``) or up to x's last token. See ``attend_cached`` for memory. With {"before_key", "before_value"} [m, n, h, d]
+            positions 0 .. n - 1 lie in these, for b/m rows of x beside each other; the others, from n on, in "key" and "value".
           index: int32 scalar or [b], position of x's first token. Writing beyond the cache's
             length is the caller's error: a scalar index is clamped, a vector's tokens are dropped.
           rotary: how far self-attention's queries and keys are turned, of x's tokens (``rotary_angles``); the cache holds turned keys.
@@ -300,15 +322,24 @@ class Attention(nn.Module):
             q, k = turn(q, rotary), turn(k, rotary)
         if cache is None:
             return self.merge(attend(q, k, v, mask, self.causal, self.drop(), bias, self.scale)), None
-        cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
+        before = before_of(cache)
+        keys, values = write(cache["key"], k, index - before), write(cache["value"], v, index - before)
         positions = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])  # [b or 1, q]
         last = positions if self.causal == "causal" else jnp.broadcast_to(positions[:, -1:], positions.shape)
-        seen = (jnp.arange(cache["key"].shape[1]) <= last[..., None])[:, None]                    # [b or 1, 1, q, length]
-        return self.merge(attend(q, cache["key"], cache["value"], seen if mask is None else seen & mask, bias=bias, scale=self.scale)), cache
+        seen = (jnp.arange(before + keys.shape[1]) <= last[..., None])[:, None]                   # [b or 1, 1, q, length]
+        mask = seen if mask is None else seen & mask
+        if before:
+            y = attend_parts(q, ((cache["before_key"], cache["before_value"]), (keys, values)), mask, bias, self.scale)
+        else:
+            y = attend(q, keys, values, mask, bias=bias, scale=self.scale)
+        return self.merge(y), {"key": k, "value": v}
 
     def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Attends to keys and values [b, k, h, d] that ``project_memory`` made earlier."""
-        return self.merge(attend(self.project_query(x), keys, values, mask, drop=self.drop(), scale=self.scale))
+        """Attends to keys and values [m, k, h, d] that ``project_memory`` made earlier, each those of b/m rows of x beside each other (the beams of
+        an example). mask: to [m, h, 1, k] where m is not b."""
+        q = self.project_query(x)
+        y = attend(q.reshape(len(keys), -1, *q.shape[2:]), keys, values, mask, drop=self.drop(), scale=self.scale)
+        return self.merge(y.reshape(q.shape))
 
     def project_query(self, x: jax.Array) -> jax.Array:
         """[b, q, width] -> [b, q, h, d]."""
@@ -386,10 +417,15 @@ def unit_rms(x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * gain).astype(x.dtype)
 
 
+def before_of(cache: dict[str, jax.Array]) -> int:
+    """How many tokens lie in "before_key", of one layer or of all."""
+    return cache["before_key"].shape[-3] if "before_key" in cache else 0
+
+
 def write(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """cache [b, length, h, d] with new [b, k, h, d] at positions index, index + 1, ..."""
+    """cache [..., b, length, h, d], of one layer or of all, with new [..., b, k, h, d] at positions index, index + 1, ..."""
     new, index = new.astype(cache.dtype), jnp.asarray(index, jnp.int32)
     if index.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=1)
-    rows = jnp.arange(cache.shape[0])[:, None]
-    return cache.at[rows, index[:, None] + jnp.arange(new.shape[1])].set(new, mode="drop")
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=cache.ndim - 3)
+    layers, rows = (slice(None),) * (cache.ndim - 4), jnp.arange(cache.shape[-4])[:, None]
+    return cache.at[(*layers, rows, index[:, None] + jnp.arange(new.shape[-3]))].set(new, mode="drop")

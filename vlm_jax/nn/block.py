@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import nearest
-from vlm_jax.nn.attention import Attention, Rotary
+from vlm_jax.nn.attention import Attention, Rotary, before_of, write
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
@@ -79,7 +79,7 @@ class Block(nn.Module):
                  memory_mask: jax.Array | None = None, cache: dict | None = None, index: jax.Array | None = None,
                  drop_path: jax.Array | None = None, rotary: Rotary | None = None, bias: jax.Array | None = None
                  ) -> tuple[jax.Array, dict | None]:
-        """x [b, l, width], memory [b, m, memory_width] -> (x, cache). Arguments as ``Stack``, for one layer."""
+        """x [b, l, width], memory [b, m, memory_width] -> (x, what is new of a cache, for ``grown``). Arguments as ``Stack``, for one layer."""
         if self.cross_layout not in CROSS:
             raise ValueError(f"cross_layout={self.cross_layout!r} is not known{nearest(self.cross_layout, CROSS)}")
         norm = functools.partial(Norm, self.norm, self.eps)
@@ -88,7 +88,7 @@ class Block(nn.Module):
         attention = functools.partial(Attention, self.width, self.heads, self.head_dim, use_bias=self.use_bias, key_bias=self.key_bias,
                                       scale=self.scale, qk_norm=self.qk_norm,
                                       init_scheme=self.init_scheme, depth=self.depth, dropout=self.inner_dropout, dtype=self.dtype)
-        cache = None if cache is None else dict(cache)
+        new: dict[str, jax.Array] = {}
 
         def added(x, y, name):
             y = nn.Dropout(self.dropout)(y, deterministic=not self.has_rng("dropout"))
@@ -98,10 +98,8 @@ class Block(nn.Module):
             return x + checkpoint_name(y, name)
 
         def self_attention(x):
-            own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
-            y, own = attention(causal=self.causal, name="attn")(norm(name="norm1")(x), mask=mask, cache=own, index=index, rotary=rotary, bias=bias)
-            if cache is not None:
-                cache.update(own)
+            y, own = attention(causal=self.causal, name="attn")(norm(name="norm1")(x), mask=mask, cache=cache, index=index, rotary=rotary, bias=bias)
+            new.update(own or {})
             return added(x, y, "attn_out")
 
         def cross_attention(x, norm_x, norm_memory):
@@ -109,8 +107,7 @@ class Block(nn.Module):
             if memory is not None:
                 keys, values = attn.project_memory(norm_memory(memory.astype(self.dtype)))
                 if cache is not None:
-                    cache.update(memory_key=keys.astype(cache["memory_key"].dtype),
-                                 memory_value=values.astype(cache["memory_value"].dtype))
+                    new.update(memory_key=keys, memory_value=values)
             elif cache is not None:
                 keys, values = cache["memory_key"], cache["memory_value"]
             else:
@@ -127,7 +124,7 @@ class Block(nn.Module):
         if self.cross_layout == "double":
             x = cross_attention(x, norm(name="cross_norm1"), norm(name="cross_norm_kv"))
             x = feed_forward(x, norm(name="cross_norm2"), mlp(name="cross_mlp"))
-        return x, cache
+        return x, None if cache is None else new
 
 
 class Stack(nn.Module):
@@ -162,7 +159,8 @@ class Stack(nn.Module):
           rotary, bias: of self-attention, the same in all layers; see ``Attention``.
         """
         rates = jnp.linspace(0, self.drop_path, self.layers) if self.drop_path else None
-        return self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index, rates, rotary, bias)
+        x, new = self.blocks(x.astype(self.dtype), mask, memory, memory_mask, cache, index, rates, rotary, bias)
+        return x, None if cache is None else grown(cache, new, index)
 
 
 ROLES = ("encoder", "decoder")
@@ -214,7 +212,7 @@ class PostBlock(nn.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, memory: jax.Array | None, memory_mask: jax.Array | None,
                  cache: dict | None, index: jax.Array | None, memory_rows: jax.Array | None) -> tuple[jax.Array, dict | None]:
-        """x [b, l, width], memory [n, m, memory_width] -> (x, cache). Arguments as ``Stack``, for one layer.
+        """x [b, l, width], memory [n, m, memory_width] -> (x, what is new of a cache, for ``grown``). Arguments as ``Stack``, for one layer.
 
         ``memory_rows`` int [b]: which memory each row of x attends to; None where n is b. Keys and values are made once
         for each memory, however many rows look at it.
@@ -227,12 +225,8 @@ class PostBlock(nn.Module):
         return self.run(self.decoder_attn, self.decoder_norm1, x, mask, memory, memory_mask, cache, index, memory_rows)
 
     def run(self, attn, norm1, x, mask, memory, memory_mask, cache, index, memory_rows):
-        cache = None if cache is None else dict(cache)
-        own = None if cache is None else {"key": cache["key"], "value": cache["value"]}
-        y, own = attn(x, mask=mask, cache=own, index=index)
+        y, new = attn(x, mask=mask, cache=cache, index=index)
         x = norm1(self.added(x, y, "attn_out"))
-        if cache is not None:
-            cache.update(own)
         if self.memory_width is not None and (memory is not None or (cache is not None and "memory_key" in cache)):
             if self.memories != "one":
                 y = self.look_at_two(x, memory)
@@ -242,12 +236,12 @@ class PostBlock(nn.Module):
                     if memory_rows is not None:
                         keys, values = keys[memory_rows], values[memory_rows]
                     if cache is not None:
-                        cache.update(memory_key=keys.astype(cache["memory_key"].dtype), memory_value=values.astype(cache["memory_value"].dtype))
+                        new.update(memory_key=keys, memory_value=values)
                 else:
                     keys, values = cache["memory_key"], cache["memory_value"]
                 y = self.cross.attend_cached(x, keys, values, memory_mask)
             x = self.norm_cross(self.added(x, y, "attn_out"))
-        return self.norm2(self.added(x, self.mlp(x), "mlp_out")), cache
+        return self.norm2(self.added(x, self.mlp(x), "mlp_out")), new
 
     def beside(self, x: jax.Array, mask: jax.Array | None, keys: jax.Array, values: jax.Array) -> jax.Array:
         """The encoder's role beside the keys and values that another block made of its memory."""
@@ -296,6 +290,11 @@ def post_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
                    metadata_params={nn.PARTITION_NAME: "layers"}, methods=methods)(**fields)
 
 
+# Where the rows of a cache of ``init_cache`` are, for ``decode``'s batch_axis. What beams, or the candidates of an example, all look at is not theirs (-1).
+OWN_AXES = {"key": 1, "value": 1}
+BEFORE_AXES, MEMORY_AXES = {**OWN_AXES, "before_key": -1, "before_value": -1}, {**OWN_AXES, "memory_key": -1, "memory_value": -1}
+
+
 def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, memory_length: int | None = None,
                dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """An empty cache for ``length`` tokens: key, value [layers, b, length, h, d]; with ``memory_length``,
@@ -304,3 +303,12 @@ def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, 
     if memory_length is not None:
         lengths |= {"memory_key": memory_length, "memory_value": memory_length}
     return {name: jnp.zeros((layers, batch, n, heads, head_dim), dtype) for name, n in lengths.items()}
+
+
+def grown(cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+    """``cache`` of all layers (``init_cache``) with what they made of new tokens, at positions index, index + 1, ... A memory is kept whole.
+
+    Layers give back what is new alone, and it is written here at once: a scan over them that carried their caches would copy every one of them.
+    """
+    index = index - before_of(cache)
+    return {**cache, **{name: x.astype(cache[name].dtype) if name.startswith("memory") else write(cache[name], x, index) for name, x in new.items()}}

@@ -150,14 +150,15 @@ class MultiwayAttention(nn.Module):
                  index: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         layout = layout if self.experts else one(ALL, layout.length)
         q, k, v = layout.route(lambda expert, part: self.of(expert).project(part), x)
+        new = None
         if cache is not None:
-            cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
-            k, v = cache["key"], cache["value"]
+            new = {"key": k, "value": v}
+            k, v = (write(cache[name], x, index) for name, x in new.items())
             if mask is None:
                 position = jnp.reshape(jnp.asarray(index, jnp.int32), (-1, 1)) + jnp.arange(x.shape[1])
                 mask = (jnp.arange(k.shape[1]) <= position[..., None])[:, None]      # each looks at what was written up to itself
         y = attend(q, k, v, mask) if bias is None else weigh(attention_weights(q, k, mask, bias=bias), v)
-        return layout.route(lambda expert, part: self.of(expert).merge(part), y), cache
+        return layout.route(lambda expert, part: self.of(expert).merge(part), y), new
 
 
 class MultiwayBlock(nn.Module):
@@ -206,7 +207,7 @@ class MultiwayBlock(nn.Module):
 
     def __call__(self, x: jax.Array, layout: Layout, mask: jax.Array | None, bias: jax.Array | None, cache: dict | None, index: jax.Array | None,
                  drop_path: jax.Array | None) -> tuple[jax.Array, dict | None]:
-        """x [b, l, width] -> (x, cache). Arguments as ``MultiwayStack``, for one layer."""
+        """x [b, l, width] -> (x, what is new of a cache). Arguments as ``multiway_stack``, for one layer."""
         def dropped(y):
             if drop_path is None or not self.has_rng("dropout"):
                 return y
@@ -217,23 +218,23 @@ class MultiwayBlock(nn.Module):
             return y * gamma.astype(y.dtype) if self.layer_scale else y
 
         normed = self.norm1(x, layout) if self.attention == "split" else self.norm1(x)
-        y, cache = self.attn(normed, layout, mask, bias, cache, index)
+        y, new = self.attn(normed, layout, mask, bias, cache, index)
         x = x + checkpoint_name(dropped(scaled(y, self.gamma1 if self.layer_scale else None)), "attn_out")
         y = self.mlp(self.norm2(x, layout), layout)
         y = scaled(y, self.gamma2 if self.layer_scale else None)
         y = layout.route(lambda _, part: dropped(part), y) if self.drop_path_by == "expert" else dropped(y)
-        return x + checkpoint_name(y, "mlp_out"), cache
+        return x + checkpoint_name(y, "mlp_out"), new
 
 
 def multiway_stack(layers: int, remat: str = "none", **fields: Any) -> nn.Module:
     """``layers`` equal blocks under ``lax.scan``. Called with
 
       x [b, l, width]; layout: which expert computes which tokens; mask: True = may attend, to [b, h, l, l]; bias [layers, h, l, l], added to
-      the logits; cache: {"key", "value"} [layers, b, length, h, d], into which x's keys and values are written at index, index + 1, ... (without
+      the logits; cache: {"key", "value"} [layers, b, length, h, d], in which x's keys and values stand at index, index + 1, ... (without
       a mask, which then is of all the cache's places, each token sees what stands up to itself); drop_path [layers]: the rate of each layer.
       None for what there is not.
 
-    it returns (x, cache).
+    it returns (x, what is new of the cache, for ``nn.block.grown``).
     """
     return nn.scan(recomputed(MultiwayBlock, remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=layers,
                    in_axes=(nn.broadcast, nn.broadcast, 0, 0, nn.broadcast, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"})(**fields)

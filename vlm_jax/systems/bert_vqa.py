@@ -19,6 +19,7 @@ from vlm_jax.losses.momentum import lerp, replaced, shadowed
 from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import bert, vit
 from vlm_jax.models.sizes import sizes
+from vlm_jax.nn.block import MEMORY_AXES
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -229,7 +230,7 @@ def build(config: Any) -> System:
             return logits, (), cache
 
         start = jnp.full((rows, 1), tokens["bos"] if model.start < 0 else model.start, jnp.int32)
-        out = decode(prefill, extend, start, key=key, eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis={"text": 1, "position": 0, "seen": 0},
+        out = decode(prefill, extend, start, key=key, eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis={"text": MEMORY_AXES, "position": -1, "seen": -1},
                      **{"beam_rule": "transformers_4.15", **options})
         return {**out, "text": out["text"].at[:, 0].set(tokens["bos"])}
 

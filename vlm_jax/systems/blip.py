@@ -19,6 +19,7 @@ from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import bert, vit
 from vlm_jax.models.language import after_first
 from vlm_jax.models.sizes import sizes
+from vlm_jax.nn.block import MEMORY_AXES
 from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
 from vlm_jax.nn.unit import unit
@@ -253,7 +254,7 @@ def build(config: Any) -> System:
 
         start = jnp.tile(jnp.asarray([model.dec, *prompt], jnp.int32), (rows, 1))
         out = decode(prefill, extend, start, method=method, beams=beams, max_length=length, key=key, eos_ids=tokens["eos"], pad_id=tokens["pad"],
-                     batch_axis=1, **{"beam_rule": "transformers_4.15", **options})
+                     batch_axis={"text": MEMORY_AXES, "position": -1}, **{"beam_rule": "transformers_4.15", **options})
         bos = jnp.full((rows, 1), tokens["bos"], jnp.int32)
         return {**out, "text": jnp.concatenate([bos, out["text"][:, len(prompt) + 1:]], 1)}
 

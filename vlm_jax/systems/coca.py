@@ -18,6 +18,7 @@ from vlm_jax.losses.contrastive import contrastive
 from vlm_jax.losses.terms import wanted, weigh
 from vlm_jax.models import multimodal, text, vit
 from vlm_jax.models.sizes import sizes
+from vlm_jax.nn.block import MEMORY_AXES, OWN_AXES
 from vlm_jax.nn.chunk import chunked
 from vlm_jax.nn.linear import ProjectionHead
 from vlm_jax.nn.norm import Norm
@@ -201,7 +202,8 @@ def build(config: Any) -> System:
             return logits[:, -1], (), cache
 
         return decode(prefill, extend, prompt, method=method, beams=beams, max_length=max_length or limit, key=key,
-                      eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis=1, **{"beam_rule": model.beam_rule, **options})
+                      eos_ids=tokens["eos"], pad_id=tokens["pad"], batch_axis={"lower": OWN_AXES, "upper": MEMORY_AXES, "position": -1},
+                      **{"beam_rule": model.beam_rule, **options})
 
     return System(model, init, loss, {
         "embed": functools.partial(embed, model), "features": functools.partial(features, model),
