@@ -76,7 +76,7 @@ def test_help_answers_without_jax():
     (["--config=configs/coca.py", "--config.stages.pretrain.rules=fdsp"], ["fdsp", "'fsdp'"]),
     (["--config=configs/coca.py", "--config.stages.pretrain.data.train=tar:/x.tar"], ["tar", "'tars'"]),
     (["--config=configs/coca.py", "--stage=pretrian"], ["pretrian", "'pretrain'"]),
-    (["--config=configs/nothing.py"], ["nothing.py"]),
+    (["--config=configs/coka.py"], ["--config=configs/coka.py", "nearest: 'configs/coca.py'"]),
     ([], ["--config"]),
 ])
 def test_bad_configs_exit_43_and_name_the_nearest(args, words, tmp_path):
@@ -85,6 +85,19 @@ def test_bad_configs_exit_43_and_name_the_nearest(args, words, tmp_path):
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("body, words", [
+    ("    return 1 / 0", "line 3: ZeroDivisionError: division by zero"), ("    return (", "line 3: SyntaxError"), ("    import nothing_here", "line 3: ModuleNotFoundError"),
+    ("    whole.stages = 'none'", "line 3: NameError: name 'whole' is not defined"),
+    ("    import ml_collections\n    whole = ml_collections.ConfigDict({'a': 1})\n    whole.a = '5%'", "line 5: TypeError")])
+def test_a_config_file_that_fails_is_named_with_its_line(body, words, tmp_path, capsys):
+    from vlm_jax import main
+    path = tmp_path / "mine.py"
+    path.write_text(f"\ndef get_config(arg=''):\n{body}\n")
+    assert main.main(["main", f"--config={path}:x"]) == 43
+    said = capsys.readouterr().err
+    assert f"mine.py, {words}" in said and "Traceback" not in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("present, line", [("gpu", '".[cuda]"'), ("tpu", '".[tpu]"')])

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlm_jax import processes
-from vlm_jax.errors import ConfigError
+from vlm_jax.errors import ConfigError, nearest
 
 STARTED = time.time()
 FLAGS = flags.FLAGS
@@ -53,14 +53,19 @@ def default_workdir(argv: list[str]) -> str:
 
 def default_name(argv: list[str]) -> str:
     """<config>[-<args>] from the --config flag as typed."""
+    path, _, args = typed_config(argv).partition(":")
+    tail = "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", args) if args else ""
+    return pathlib.Path(path).stem + tail
+
+
+def typed_config(argv: list[str]) -> str:
+    """The value of the last --config flag, "" without one."""
     text = ""
     for i, arg in enumerate(argv):
         match = re.fullmatch(r"--?config(?:=(.*))?", arg)
         if match:
-            text = match.group(1) if match.group(1) is not None else argv[i + 1]
-    path, _, args = text.partition(":")
-    tail = "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", args) if args else ""
-    return pathlib.Path(path).stem + tail
+            text = match.group(1) if match.group(1) is not None else "".join(argv[i + 1:i + 2])
+    return text
 
 
 def accelerator_present() -> str:
@@ -120,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
             getattr(config, "stages", None)      # a file that did not load says so on first use
             if config is None:
                 raise ConfigError("--config is missing; start with --config=configs/coca.py")
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise ConfigError(no_field(error, argv) or explain(error)) from error
+        except Exception as error:      # a config file may raise anything
+            raise ConfigError(no_file(argv) or no_field(error, argv) or explain(error)) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
         if TOPOLOGY.value and not COMPILE_ONLY.value:
@@ -170,11 +175,27 @@ def no_field(error: BaseException, argv: list[str]) -> str:
                       ": what a config file leaves to its default is set there, not on the command line")) or ""
 
 
+def no_file(argv: list[str]) -> str:
+    """What to say of a --config that is no file, "" of one that is."""
+    path = pathlib.Path(typed_config(argv).partition(":")[0])
+    if not path.name or path.is_file():
+        return ""
+    return f"--config={path}: there is no such file{nearest(path, sorted(map(str, pathlib.Path('configs').glob('*.py'))))}"
+
+
 def explain(error: BaseException) -> str:
     """The line that helps, of what absl and ml_collections say around a config file's own error."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError, ConfigError)):
+        text = "".join(traceback.format_exception(error))
     told = re.findall(r"ConfigError: (.*)", text)     # a config file's traceback is part of their message
-    text = told[-1] if told else text.split("The above exception")[0].split("Traceback (most recent call last)")[0]
+    before, traced, trace = text.partition("The above exception")[0].partition("Traceback (most recent call last)")
+    if told:
+        text = told[-1]
+    elif traced:      # any other error of the file: its line, and what was raised
+        own = [f"{file}, line {line}: " for file, line in re.findall(r'File "(.*?)", line (\d+)', trace) if "site-packages" not in file]
+        raised = re.findall(r"^([A-Za-z_][\w.]*(?:: .*)?)$", trace, re.MULTILINE)
+        text = before.replace("Error whilst parsing config file:", "") + "".join(own[-1:]) + "".join(raised[-1:])
     return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
 
 
