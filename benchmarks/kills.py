@@ -94,10 +94,14 @@ def digest_of(folder: pathlib.Path) -> str:
     return out.read_text()
 
 
-def unfinished(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint lies there that is not committed."""
-    entries = list((folder / STAGE / "checkpoints").glob("*"))
-    return any("tmp" in e.name or (e.name.isdigit() and not (e / checkpoint.MANIFEST).exists()) for e in entries)
+def unfinished(folder: pathlib.Path, since: float) -> bool:
+    """Whether a checkpoint is being written there: one that is not committed and has changed since a time (what an earlier kill left has not)."""
+    def written(entry: pathlib.Path) -> bool:
+        try:
+            return entry.stat().st_mtime > since and ("tmp" in entry.name or (entry.name.isdigit() and not (entry / checkpoint.MANIFEST).exists()))
+        except FileNotFoundError:      # renamed meanwhile
+            return False
+    return any(written(e) for e in (folder / STAGE / "checkpoints").glob("*"))
 
 
 def size(path: pathlib.Path) -> int:
@@ -107,7 +111,7 @@ def size(path: pathlib.Path) -> int:
 def strike(pid: int, folder: pathlib.Path, chance: random.Random) -> str | None:
     """Kills the process at a random moment; where it fell, None where the run was done before."""
     metrics = folder / STAGE / "metrics.jsonl"
-    kind, before, began = chance.random(), size(metrics), time.monotonic()
+    kind, before, began, since = chance.random(), size(metrics), time.monotonic(), time.time()
 
     def until(condition: Callable[[], bool]) -> bool:
         while not condition():
@@ -129,14 +133,14 @@ def strike(pid: int, folder: pathlib.Path, chance: random.Random) -> str | None:
         wake = time.monotonic() + chance.random() * 0.6
         alive = alive and until(lambda: size(metrics) > low) and until(lambda: time.monotonic() > wake)
         if alive and kind < 0.6:
-            alive = until(lambda: unfinished(folder))
+            alive = until(lambda: unfinished(folder, since))
             wake = time.monotonic() + chance.random() * 0.03
             alive = alive and until(lambda: time.monotonic() > wake)
     if not alive:
         return None
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    if unfinished(folder):
+    if unfinished(folder, since):
         return "inside a save"
     return "before training" if size(metrics) <= before and kind < 0.1 else "between saves"
 

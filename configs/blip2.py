@@ -1,7 +1,7 @@
 """BLIP-2: bootstrapping language-image pre-training with frozen image encoders and large language models (arXiv 2301.12597).
 
 python -m vlm_jax.main --config=configs/blip2.py
-    The embedded preset on procedural scenes, some nine and a half minutes on 2 quiet cores. There is no eye and no language model to take, so they come first:
+    The embedded preset on procedural scenes, nine minutes on 2 quiet cores. There is no eye and no language model to take, so they come first:
     eye (CoCa's preset), language (a decoder) and, for the last stage, language_t5 (an encoder-decoder), which read scenes in words; all are frozen. pretrain
     and generate are the paper's two stages, vqa answers questions, generate_t5 is the second stage with the other language model. Captions of unseen scenes:
     CIDEr-D 3.4, 18% right in every fact; questions .54 right (docs/results.md).

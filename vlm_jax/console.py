@@ -120,7 +120,7 @@ class Console:
         table.add_column("score", no_wrap=True, overflow="ignore")
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("95% interval", justify="right", no_wrap=True)
-        table.add_column("chance and baselines", no_wrap=True, overflow="ellipsis")
+        table.add_column("chance and baselines")      # the one to be wrapped where the line is short: else rich takes from the values
         parents = {k: k.rpartition("/")[0] for k in scores if k.rpartition("/")[0] in scores}
         for key, value in scores.items():
             if key in parents:
