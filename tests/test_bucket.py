@@ -1,10 +1,8 @@
 """A work directory in a bucket: what goes up in which order, what comes down, and who holds it."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 import threading
 import time
 
@@ -14,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import bucket as buckets
+from tests.two import two_processes
 from vlm_jax import bucket, partitioning
 from vlm_jax.errors import ConfigError
 from vlm_jax.train import checkpoint
@@ -332,34 +331,15 @@ def one_of_two(process, port, environment, address, folder, pipe):
 @pytest.mark.parametrize("server", ["s3"], indirect=True)
 def test_two_processes_save_fail_and_restore_together(server, tmp_path):
     """With folders of their own: one fails in a save, which is tried again; an import by one alone is read by both; one process reads it all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm_jax.train.checkpoint"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    ends = [context.Pipe() for _ in range(2)]
-    children = [context.Process(target=one_of_two, args=(i, port, server.environment, server.address, tmp_path, ends[i][1])) for i in range(2)]
-    for child in children:
-        child.start()
-
-    def answers():
-        assert all(mine.poll(120) for mine, _ in ends), "a process does not answer"
-        return [mine.recv() for mine, _ in ends]
-
-    try:
-        assert answers() == [[0, 1, 2]] * 2
-        first, second = answers()
+    with two_processes(one_of_two, server.environment, server.address, tmp_path, preload="vlm_jax.train.checkpoint") as two:
+        assert two.answers() == [[0, 1, 2]] * 2
+        first, second = two.answers()
         assert "see the other processes" in first and "No space left" in second
-        assert answers() == [[f"{step}/ocdbt.process_{i}" for step in (2, 3)] for i in (0, 1)]
-        assert answers() == [(True, {"at": 3})] * 2
-        for step, skipped in answers():
+        assert two.answers() == [[f"{step}/ocdbt.process_{i}" for step in (2, 3)] for i in (0, 1)]
+        assert two.answers() == [(True, {"at": 3})] * 2
+        for step, skipped in two.answers():
             assert step == 2 and [s for s, _ in skipped] == [3]
-        for child in children:
-            child.join(60)
-            assert child.exitcode == 0
-    finally:
-        for child in children:
-            child.kill()
+        two.end()
     alone = opened(server, tmp_path / "alone")
     with checkpoint.behind(alone.folder, alone.complete), checkpoint.Checkpointer(alone.folder / "1_a" / "checkpoints") as keeper:
         assert keeper.latest_good() == (3, [])

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import random
-import socket
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.two import two_processes
 from vlm_jax.train import checkpoint
 from vlm_jax.train.checkpoint import MANIFEST, Checkpointer, load_params
 
@@ -389,33 +389,13 @@ def one_of_two(process: int, port: int, directory: Path, pipe) -> None:
 
 
 def test_two_processes_agree(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm_jax.train.checkpoint"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    ends = [context.Pipe() for _ in range(2)]
-    children = [context.Process(target=one_of_two, args=(i, port, tmp_path, ends[i][1])) for i in range(2)]
-    for child in children:
-        child.start()
-
-    def answers():
-        assert all(mine.poll(60) for mine, _ in ends), "a process does not answer"
-        return [mine.recv() for mine, _ in ends]
-
-    try:
-        assert answers() == [(2, [])] * 2
+    with two_processes(one_of_two, tmp_path, preload="vlm_jax.train.checkpoint") as two:
+        assert two.answers() == [(2, [])] * 2
         flip(largest(tmp_path / "2"))
-        for mine, _ in ends:
-            mine.send("go on")
-        for step, skipped in answers():
+        two.tell("go on")
+        for step, skipped in two.answers():
             assert step == 1 and skipped[0][0] == 2 and "hash" in skipped[0][1]
-        assert answers() == [(True, 1, {"at": 1})] * 2
-        first, second = answers()
+        assert two.answers() == [(True, 1, {"at": 1})] * 2
+        first, second = two.answers()
         assert "No space left" in first and "see the other processes" in second
-        for child in children:
-            child.join(30)
-            assert child.exitcode == 0
-    finally:
-        for child in children:
-            child.kill()
+        two.end()

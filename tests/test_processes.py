@@ -1,9 +1,7 @@
 """What processes say of each other, over a store of this process: who is silent, who keeps the others waiting, where all stop. Two that train."""
 
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny
+from tests.two import two_processes
 from vlm_jax import partitioning, processes
 from vlm_jax import stage as stages
 from vlm_jax.train import init
@@ -234,23 +233,8 @@ def one_of_two(process, port, pipe):
 
 def test_two_processes_have_the_losses_of_one():
     """On the same mesh of two devices. ``tests/faults`` does it with whole runs, which it stops, kills and resumes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm_jax.stage"])
-    ends = [context.Pipe() for _ in (0, 1)]
-    two = [context.Process(target=one_of_two, args=(i, port, ends[i][1])) for i in (0, 1)]
-    try:
-        for process in two:
-            process.start()
-        for _, other in ends:
-            other.close()      # or nobody notices that a process is gone
+    with two_processes(one_of_two, preload="vlm_jax.stage") as two:
         alone = losses_of(partitioning.make_mesh("fsdp", devices=jax.devices()[:2]))
-        for mine, _ in ends:
-            assert mine.poll(120), "a process does not answer"
-            assert mine.recv() == pytest.approx(alone, rel=1e-6)
-    finally:
-        for process in two:
-            process.kill()
+        for losses in two.answers():
+            assert losses == pytest.approx(alone, rel=1e-6)
     assert len(set(alone)) == 3
