@@ -72,7 +72,8 @@ def test_help_answers_without_jax():
 @pytest.mark.parametrize("args, words", [
     (["--config=configs/coca.py:bas"], ["bas", "'base'"]),
     (["--config=configs/coca.py", "--config.stages.pretrain.optim.lrr=1"], ["--config.stages.pretrain.optim.lrr", "nearest: 'lr'"]),
-    (["--config=configs/coca.py", "--config.stages.pretrain.data.templates=vqa"], ["data.templates: the config has no field 'templates'"]),
+    (["--config=configs/coca.py", "--config.stages.pretrain.data.templates=vqa"], ["templates='vqa' has no use with layout='plain'"]),
+    (["--config=configs/coca.py", "--config.stages.pretrain.optim.mu_dtype=bfloat16"], ["optim.mu_dtype: the config has no field 'mu_dtype'"]),
     (["--config=configs/coca.py", "--config.stages.pretrain.rules=fdsp"], ["fdsp", "'fsdp'"]),
     (["--config=configs/coca.py", "--config.stages.pretrain.data.train=tar:/x.tar"], ["tar", "'tars'"]),
     (["--config=configs/coca.py", "--stage=pretrian"], ["pretrian", "'pretrain'"]),

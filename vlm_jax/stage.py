@@ -42,71 +42,8 @@ NO_ADAPTER = r"(?!.*/lora_\w+$).*"     # where weights come from, adapters were 
 BEST, RESULT = "best", "result"     # in a stage directory: weights at the best evaluation; the weights that it is for
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The data section. Sources are spec strings (vlm_jax/data/sources.py); sizes in pixels and tokens.
-
-    microbatch: rows per pass through the towers, 0 for all at once (nn/chunk.py).
-    buckets: text lengths that a batch may be cropped to, () for always ``length``.
-    block, window: the two-level permutation (data/order.py); block 1 is the full shuffle.
-    caption, label: which field of a sample, "" for the source's own ("txt", "json:title", "txt@1;json:title@2" by weight);
-        as a caption, "a photo of a {}" is filled with the name of the class.
-    workers: processes that make batches instead of the reader threads, 0 for none.
-    bad_budget: the share of samples that may be unreadable before the run stops.
-    answers: answers kept per question, the likeliest first; 0: batches have none. answer_length: ids per answer. In other layouts than "plain" the most
-        candidates of a row, for evaluation: training draws an answer for its reply.
-    answer: which field of a sample they are in, "" for the source's own ("json:answer@0.5": the weight of one that stands alone, not in a list).
-    images: images per row, or frames of a video or an animation, evenly spread; several are ``images`` in a batch, instead of ``image``. 0: text alone.
-    classes: the names of the labels in the order of their ids; batches have ``label`` where they are given.
-    swap: "sides": in training, two images change places half of the time, and the words left and right with them.
-    text_clean: how captions and questions are cleaned before they are tokenised (data/clean.py): "albef", "blip", "albef_question",
-        "blip_question", "" for not at all; "blip(40)" keeps 40 words.
-    mixture: the shares of train's sources: "sqrt" or "proportional" to their samples, "uniform", "" for their own @WEIGHTs; with a rule those are
-        factors on a source's share.
-    layout: how text lies in a batch (data/batch.py): "plain", "joined" (prompt and reply in one row), "apart" (prompt for an encoder, reply for a
-        decoder). ``length`` is then that of a reply, prompt_length that of a prompt with its begin.
-    instruction_tokenizer, instruction_length: a second tokenizer, which reads the prompt too, as ``instruction``.
-    templates: wordings of prompts, one drawn for each example: a task of data/templates.py, texts of one's own, "task" for each sample's own,
-        "" for the prompt as it stands. eval_template: that of evaluation, "" for the first.
-    prefix: "words": in training a text without a prompt is cut between two words that are drawn; the first part is its prompt.
-    cache_features: a folder where what a frozen tower makes of images is kept, so that it is computed once, "" for none; relative ones lie in the stage's own.
-    marks: what stands around prompts and replies (layouts.Marks), where it is not the tokenizer's own.
-    """
-    train: Any
-    eval: Any
-    batch: int
-    size: int
-    length: int
-    tokenizer: str
-    microbatch: int = 0
-    augment: str = ""
-    eval_augment: str = ""
-    caption: str = ""
-    label: str = ""
-    buckets: tuple[int, ...] = ()
-    block: int = 1
-    window: int = 1
-    threads: int = 2
-    workers: int = 0
-    prefetch: int = 4
-    bad_budget: float = 0.01
-    answers: int = 0
-    answer_length: int = 0
-    answer: str = ""
-    images: int = 1
-    classes: tuple[str, ...] = ()
-    swap: str = ""
-    text_clean: str = ""
-    mixture: str = ""
-    layout: str = "plain"
-    prompt_length: int = 0
-    instruction_tokenizer: str = ""
-    instruction_length: int = 0
-    templates: str | tuple[str, ...] = ""
-    eval_template: str = ""
-    prefix: str = ""
-    cache_features: str = ""
-    marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+class Data(configs.Data):
+    """The data section, and what its fields come to together."""
 
     @functools.cached_property
     def text(self) -> Layout:
@@ -537,8 +474,8 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
         raise ConfigError(f"stages.{name}.init={found[0]!r} is a {origin.system!r}, the stage a {section.system!r}; "
                           f"nearest: --config=configs/{origin.system}.py")
     given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""),
-                 text_clean=origin.data.get("text_clean", ""))
-    if (plain["data"].get("layout") or origin.data.get("layout", "plain")) != "plain":
+                 text_clean=origin.data.get("text_clean", ""), layout=origin.data.get("layout", "plain"))
+    if (plain["data"].get("layout") or given["layout"]) != "plain":
         given |= {key: configs.to_plain(origin.data[key]) for key in ("layout", "prompt_length", "instruction_length", "marks") if key in origin.data}
         given["instruction_tokenizer"] = other
     data = {**plain["data"], **{key: plain["data"].get(key) or value for key, value in given.items()}}
