@@ -3,7 +3,7 @@
     python -m benchmarks.kills --rounds=200 [--steps=120] [--seed=0] [--out FILE.json]
 
 A round is one SIGKILL: half of them fall while a checkpoint is being written, a tenth before training has begun again, the others
-at any time. A run that reaches its last step is compared with an undisturbed one, every leaf of its state and every row of its
+at any time, after none to three saves. A run that reaches its last step is compared with an undisturbed one, every leaf of its state and every row of its
 metrics, and the next one begins; the last of them is left to finish. A process that has imported everything is forked for each
 start, so that a round takes a second or two. Prints where the kills fell and the goodput of the runs; exits with 1 where an end differs.
 """
@@ -34,12 +34,14 @@ from vlm_jax.train.metrics import read_rows  # noqa: E402
 
 STAGE = "1_pretrain"
 SECONDS = 120      # for one start
+EVERY = 12         # steps between saves
+SAVES = 4          # fewer than these are let pass before a kill
 
 
 def config(steps: int) -> Any:
     whole = tiny.get_config("clip")
     stage = whole.stages.pretrain
-    stage.steps, stage.evals, stage.checkpoint.every = steps, {}, 12
+    stage.steps, stage.evals, stage.checkpoint.every = steps, {}, EVERY
     return whole
 
 
@@ -104,6 +106,11 @@ def unfinished(folder: pathlib.Path, since: float) -> bool:
     return any(written(e) for e in (folder / STAGE / "checkpoints").glob("*"))
 
 
+def committed(folder: pathlib.Path) -> int:
+    """The newest step of a checkpoint that is whole, 0 without one."""
+    return max((int(e.parent.name) for e in (folder / STAGE / "checkpoints").glob(f"*/{checkpoint.MANIFEST}") if e.parent.name.isdigit()), default=0)
+
+
 def size(path: pathlib.Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -129,9 +136,10 @@ def strike(pid: int, folder: pathlib.Path, chance: random.Random) -> str | None:
         alive = until(lambda: time.monotonic() > wake)
     else:      # rows beyond the restored step are dropped at the start: then the file grows again
         alive = until(lambda: size(metrics) < before or (before == 0 and size(metrics) > 0)) if before else until(lambda: size(metrics) > 0)
-        low = size(metrics)
+        low, saved = size(metrics), committed(folder) + chance.randrange(SAVES) * EVERY
+        alive = alive and until(lambda: size(metrics) > low) and until(lambda: committed(folder) >= saved)
         wake = time.monotonic() + chance.random() * 0.6
-        alive = alive and until(lambda: size(metrics) > low) and until(lambda: time.monotonic() > wake)
+        alive = alive and (kind < 0.6 or until(lambda: time.monotonic() > wake))
         if alive and kind < 0.6:
             alive = until(lambda: unfinished(folder, since))
             wake = time.monotonic() + chance.random() * 0.03
