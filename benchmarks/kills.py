@@ -98,9 +98,12 @@ def digest_of(folder: pathlib.Path) -> str:
 
 def unfinished(folder: pathlib.Path, since: float) -> bool:
     """Whether a checkpoint is being written there: one that is not committed and has changed since a time (what an earlier kill left has not)."""
+    newest = committed(folder)
+
     def written(entry: pathlib.Path) -> bool:
-        try:
-            return entry.stat().st_mtime > since and ("tmp" in entry.name or (entry.name.isdigit() and not (entry / checkpoint.MANIFEST).exists()))
+        try:      # an old one that is being removed has no manifest either
+            new = "tmp" in entry.name or (entry.name.isdigit() and int(entry.name) > newest and not (entry / checkpoint.MANIFEST).exists())
+            return new and entry.stat().st_mtime > since
         except FileNotFoundError:      # renamed meanwhile
             return False
     return any(written(e) for e in (folder / STAGE / "checkpoints").glob("*"))

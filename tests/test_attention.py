@@ -230,7 +230,9 @@ def test_rows_beside_each_other_look_at_what_lies_once(qk_norm):
     assert np.abs(swapped - wanted).max() > 1e-3
     keys, values = new["key"], new["value"]
     look = functools.partial(model.apply, params, method="attend_cached")
-    np.testing.assert_allclose(look(beams, keys, values), look(beams, jnp.repeat(keys, 3, 0), jnp.repeat(values, 3, 0)), atol=1e-6)
+    np.testing.assert_allclose(look(beams, keys, values, shared=True), look(beams, jnp.repeat(keys, 3, 0), jnp.repeat(values, 3, 0)), atol=1e-6)
+    with pytest.raises(ValueError, match="6 rows look at 2 memories"):      # forgotten rows of a memory that is not a cache's
+        look(beams, keys, values)
 
 
 def test_cached_memory_equals_memory():

@@ -90,6 +90,9 @@ def test_bad_configs_exit_43_and_name_the_nearest(args, words, tmp_path):
 
 @pytest.mark.parametrize("body, words", [
     ("    return 1 / 0", "line 3: ZeroDivisionError: division by zero"), ("    return (", "line 3: SyntaxError"), ("    import nothing_here", "line 3: ModuleNotFoundError"),
+    ("    return {}['abc']", "line 3: KeyError: 'abc'"), ("    import math\n    math.nope", "line 4: AttributeError: module 'math' has no attribute 'nope'"),
+    ("    import json\n    json.dumps({1j: 2})", "line 4: TypeError: keys must be"), ("    raise RuntimeError('one\\ntwo: three')", "line 3: RuntimeError: one"),
+    ("    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        raise LookupError('outer') from e", "line 6: LookupError: outer"),
     ("    whole.stages = 'none'", "line 3: NameError: name 'whole' is not defined"),
     ("    import ml_collections\n    whole = ml_collections.ConfigDict({'a': 1})\n    whole.a = '5%'", "line 5: TypeError")])
 def test_a_config_file_that_fails_is_named_with_its_line(body, words, tmp_path, capsys):

@@ -52,7 +52,7 @@ class Data:
         "blip_question", "" for not at all; "blip(40)" keeps 40 words.
     mixture: the shares of train's sources: "sqrt" or "proportional" to their samples, "uniform", "" for their own @WEIGHTs; with a rule those are
         factors on a source's share.
-    layout: how text lies in a batch (data/batch.py): "plain", "joined" (prompt and reply in one row), "apart" (prompt for an encoder, reply for a
+    layout: how text lies in a batch (data/batch.py): "plain" (also where it is ""), "joined" (prompt and reply in one row), "apart" (prompt for an encoder, reply for a
         decoder). ``length`` is then that of a reply, prompt_length that of a prompt with its begin.
     instruction_tokenizer, instruction_length: a second tokenizer, which reads the prompt too, as ``instruction``.
     templates: wordings of prompts, one drawn for each example: a task of data/templates.py, texts of one's own, "task" for each sample's own,
@@ -87,7 +87,7 @@ class Data:
     swap: str = ""
     text_clean: str = ""
     mixture: str = ""
-    layout: str = "plain"
+    layout: str = ""
     prompt_length: int = 0
     instruction_tokenizer: str = ""
     instruction_length: int = 0
@@ -96,6 +96,9 @@ class Data:
     prefix: str = ""
     cache_features: str = ""
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layout", self.layout or "plain")
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -140,9 +143,8 @@ def stage(**sections: Any) -> dict[str, Any]:
     out = {**DEFAULTS, **sections}
     for key in ("checkpoint", "log", "mesh"):
         out[key] = {**DEFAULTS[key], **out[key]}
-    if "data" in out:      # written out, so that every field can be given on the command line
-        origins = {"layout": ""} if out.get("model") == "init" else {}      # vlm_jax.stage.inherit fills it in
-        out["data"] = {**Data.defaults(), **origins, **out["data"]}
+    if "data" in out:      # written out: a field that a config has can be given on the command line
+        out["data"] = {**Data.defaults(), **out["data"]}
     unknown = set(out) - set(STAGE_KEYS)
     missing = set(STAGE_KEYS) - set(out)
     if unknown:

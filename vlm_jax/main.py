@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             if config is None:
                 raise ConfigError("--config is missing; start with --config=configs/coca.py")
         except Exception as error:      # a config file may raise anything
-            raise ConfigError(no_file(argv) or no_field(error, argv) or explain(error)) from error
+            raise ConfigError(no_file(argv) or no_field(error, argv) or explain(error, typed_config(argv).partition(":")[0])) from error
         if rest[1:]:
             raise ConfigError(f"argument {rest[1]!r} is not a flag")
         if TOPOLOGY.value and not COMPILE_ONLY.value:
@@ -183,20 +183,21 @@ def no_file(argv: list[str]) -> str:
     return f"--config={path}: there is no such file{nearest(path, sorted(map(str, pathlib.Path('configs').glob('*.py'))))}"
 
 
-def explain(error: BaseException) -> str:
-    """The line that helps, of what absl and ml_collections say around a config file's own error."""
+def explain(error: BaseException, path: str) -> str:
+    """The line that helps, of what absl and ml_collections say around the error of a config file, ``path``, whose traceback they may tell."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError, ConfigError)):
-        text = "".join(traceback.format_exception(error))
-    told = re.findall(r"ConfigError: (.*)", text)     # a config file's traceback is part of their message
-    before, traced, trace = text.partition("The above exception")[0].partition("Traceback (most recent call last)")
-    if told:
+    before, traced, _ = text.partition("Traceback (most recent call last)")
+    if told := re.findall(r"ConfigError: (.*)", text):
         text = told[-1]
-    elif traced:      # any other error of the file: its line, and what was raised
-        own = [f"{file}, line {line}: " for file, line in re.findall(r'File "(.*?)", line (\d+)', trace) if "site-packages" not in file]
-        raised = re.findall(r"^([A-Za-z_][\w.]*(?:: .*)?)$", trace, re.MULTILINE)
-        text = before.replace("Error whilst parsing config file:", "") + "".join(own[-1:]) + "".join(raised[-1:])
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
+    elif traced or any(path and frame.filename.endswith(path) for frame in traceback.extract_tb(error.__traceback__)) or isinstance(error, SyntaxError):
+        trace = text if traced else "".join(traceback.format_exception(error))
+        blocks = [block for block in re.split(r"\n(?:The above|During handling of the above) exception .*\n", trace) if f'{path}", line' in block]
+        frames, raised = re.fullmatch(r'(.*File "[^\n]*)\n(.*)', blocks[-1] if blocks else trace, re.DOTALL).groups()
+        own = [f"{path}, line {line}: " for line in re.findall(rf'{re.escape(path)}", line (\d+)', frames)]
+        what = re.search(r"^[A-Za-z_][\w.]*(:.*)?$", raised, re.MULTILINE)
+        text = before.replace("Error whilst parsing config file:", "") * bool(traced) + "".join(own[-1:]) + (what[0] if what else raised)
+    text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
+    return text[1:-1] if text[:1] == text[-1:] and text[:1] in "'\"" else text
 
 
 if __name__ == "__main__":

@@ -474,9 +474,9 @@ def inherit(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
         raise ConfigError(f"stages.{name}.init={found[0]!r} is a {origin.system!r}, the stage a {section.system!r}; "
                           f"nearest: --config=configs/{origin.system}.py")
     given = dict(size=origin.data.size, length=origin.data.length, tokenizer=tokenizer, eval_augment=origin.data.get("eval_augment", ""),
-                 text_clean=origin.data.get("text_clean", ""), layout=origin.data.get("layout", "plain"))
+                 text_clean=origin.data.get("text_clean", ""), layout=origin.data.get("layout") or "plain")
     if (plain["data"].get("layout") or given["layout"]) != "plain":
-        given |= {key: configs.to_plain(origin.data[key]) for key in ("layout", "prompt_length", "instruction_length", "marks") if key in origin.data}
+        given |= {key: configs.to_plain(origin.data[key]) for key in ("prompt_length", "instruction_length", "marks") if key in origin.data}
         given["instruction_tokenizer"] = other
     data = {**plain["data"], **{key: plain["data"].get(key) or value for key, value in given.items()}}
     return ConfigDict({**plain, "model": configs.to_plain(origin.model), "data": data})

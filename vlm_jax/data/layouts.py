@@ -53,7 +53,7 @@ class Marks:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What of a stage's data section says how text lies in a batch (``stage.Data`` says what the fields mean). Raises ValueError for values that do not
+    """What of a stage's data section says how text lies in a batch (``config.Data`` says what the fields mean). Raises ValueError for values that do not
     go together."""
     name: str = "plain"
     prompt_length: int = 0

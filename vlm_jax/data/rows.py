@@ -20,7 +20,7 @@ _OTHER = {"left": "right", "right": "left"}
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The keys of a batch, by what a stage's data section asks for (``stage.Data`` says what the fields mean); the defaults ask for nothing.
+    """The keys of a batch, by what a stage's data section asks for (``config.Data`` says what the fields mean); the defaults ask for nothing.
 
     classes: how many there are, 0 for no ``label``. candidates: the answers of a row are its ``choices``, of which ``label`` is the right one.
     Raises ValueError for values that do not go together.

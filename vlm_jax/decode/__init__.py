@@ -12,8 +12,8 @@ A family hands over two functions; decoding never looks inside the cache::
   family: the cache carries its own counter where one is needed.
 * Beam search calls ``extend`` with ``n = b * beams`` rows, row-major (the beams of an example lie
   together) and permutes the cache by rows: ``batch_axis`` says which axis of each leaf that is.
-  What all beams of an example read, image memory or the keys of what came before, is not moved
-  and not repeated (axis -1): the family's attention lets rows beside each other look at one
+  What all beams of an example read, image memory or the keys of what came before, need not be moved
+  nor repeated (axis -1) where the family's attention lets rows beside each other look at one
   (``nn.attention.attend_cached``, ``attend_parts``).
 
 ``generate`` is pure and jit-able: static shapes, one ``lax.while_loop``, early stop when every

@@ -56,8 +56,9 @@ class QBlock(nn.Module):
                  cache: dict | None, index: jax.Array | None) -> tuple[jax.Array, dict, dict | None]:
         """x [b, l, width] -> (x, own keys and values, those of the image). Arguments as ``QFormer.run``, for one layer."""
         q, k, v = self.attn.project_self(x)
+        own = {"key": k, "value": v}
         if cache is not None:
-            k, v = write(cache["key"], k, index), write(cache["value"], v, index)
+            k, v = (write(cache[name], new, index) for name, new in own.items())
         x = self.norm1(self.added(x, self.attn.merge(attend(q, k, v, mask, drop=self.attn.drop())), "attn_out"))
         if self.memory_width is not None and image is not None:
             seen = dict(zip(("key", "value"), self.cross.project_memory(image), strict=True))
@@ -68,7 +69,7 @@ class QBlock(nn.Module):
                 x = self.norm_cross(self.added(x, self.cross.attend_cached(x, keys, values), "attn_out"))
             return self.norm2.of(expert)(self.added(x, self.mlp.of(expert)(x), "mlp_out"))
 
-        return layout.route(part, x), {"key": k, "value": v}, seen
+        return layout.route(part, x), own, seen
 
     def added(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
         return x + checkpoint_name(self.drop(y, deterministic=not self.has_rng("dropout")), name)
@@ -164,7 +165,7 @@ class QFormer(nn.Module):
 
         layout: which of x are queries and which words. mask: True = may attend, to [b, h, l, l or the cache's length]. image [n, m, memory_width], or
         ``seen``, what an earlier pass returned for it; rows int [b]: which image each row looks at, None where they go together. cache, index:
-        keys and values of earlier places, into which x's are written from index on.
+        keys and values of all places, in which x's stand from index on (``write`` puts them there).
         """
         own, looked = {}, {}
         for name, there in (("blocks", self.layers >= self.cross_every), ("tail", self.layers % self.cross_every > 0)):

@@ -157,7 +157,8 @@ def weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
 def attend_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask: jax.Array, bias: jax.Array | None = None,
                  scale: float | None = None) -> jax.Array:
     """``attend_xla`` to keys and values that lie in several arrays [m, k, h, d], as to one of them behind the other. Where m is less than the rows b of q,
-    b/m rows beside each other (the beams of an example) look at the same ones, which are read once for them. mask [b, h, q, all of k], as bias."""
+    b/m rows beside each other (the beams of an example) look at the same ones, which are read once for them. mask [b, h, q, all of k], bias
+    [h, q, all of k]."""
     def beside(x, rows):      # [b, h, q, ...] -> [m, h, b/m, q, ...]
         return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
 
@@ -167,8 +168,9 @@ def attend_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mas
     logits = jnp.concatenate([x.reshape(*q.shape[:3], -1) for x in logits], -1)
     weights = normalised(logits if bias is None else logits + bias.astype(jnp.float32), mask)
     ends = np.cumsum([k.shape[1] for k, _ in parts])[:-1]
-    seen = [jnp.einsum("mhnqk,mhkd->mnqhd", beside(w, len(v)).astype(v.dtype), v) for w, (_, v) in zip(jnp.split(weights, ends, -1), heads_first, strict=True)]
-    return sum(x.reshape(len(q), *x.shape[2:]) for x in seen)
+    seen = [jnp.einsum("mhnqk,mhkd->mnqhd", beside(w, len(v)).astype(v.dtype), v, preferred_element_type=jnp.float32)
+            for w, (_, v) in zip(jnp.split(weights, ends, -1), heads_first, strict=True)]
+    return sum(x.reshape(len(q), *x.shape[2:]) for x in seen).astype(parts[0][1].dtype)
 
 
 def pallas_kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], causal: str) -> jax.Array:
@@ -304,19 +306,19 @@ class Attention(nn.Module):
 
         Args:
           memory: [b, k, kv_width], what to attend to; None: ``x`` itself.
-          mask: True = may attend, to [b, h, q, k]; with a cache, k is the cache's length.
+          mask: True = may attend, to [b, h, q, k]; with a cache, k is the number of its places.
           cache: {"key", "value"} [b, length, h, d] of self-attention, in which x's stand at
             positions index, index + 1, ... (the caller writes them, with ``write``): queries see what stands up to
             themselves (``causal``) or up to x's last token. See ``attend_cached`` for memory. With {"before_key", "before_value"} [m, n, h, d]
             positions 0 .. n - 1 lie in these, for b/m rows of x beside each other; the others, from n on, in "key" and "value".
           index: int32 scalar or [b], position of x's first token. Writing beyond the cache's
-            length is the caller's error: a scalar index is clamped, a vector's tokens are dropped.
+            length, or before "key", is the caller's error: a scalar index is clamped, a vector's tokens are dropped (beyond) or wrap (before).
           rotary: how far self-attention's queries and keys are turned, of x's tokens (``rotary_angles``); the cache holds turned keys.
           bias: [h, q, k] of relative positions, which logits get.
         """
         if memory is not None:
             q, (k, v) = self.project_query(x), self.project_memory(memory)
-            return self.merge(attend(q, k, v, mask, self.causal, self.drop(), bias, self.scale)), cache
+            return self.merge(attend(q, k, v, mask, self.causal, self.drop(), bias, self.scale)), None
         q, k, v = self.project_self(x)
         if rotary is not None:
             q, k = turn(q, rotary), turn(k, rotary)
@@ -334,10 +336,12 @@ class Attention(nn.Module):
             y = attend(q, keys, values, mask, bias=bias, scale=self.scale)
         return self.merge(y), {"key": k, "value": v}
 
-    def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Attends to keys and values [m, k, h, d] that ``project_memory`` made earlier, each those of b/m rows of x beside each other (the beams of
-        an example). mask: to [m, h, 1, k] where m is not b."""
+    def attend_cached(self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None, shared: bool = False) -> jax.Array:
+        """Attends to keys and values [b, k, h, d] that ``project_memory`` made earlier. ``shared``: there may be m of them, each those of b/m rows of x
+        beside each other (the beams of an example); the mask is then to [m, h, 1, k]."""
         q = self.project_query(x)
+        if len(keys) != len(q) and not shared:
+            raise ValueError(f"{len(q)} rows look at {len(keys)} memories; nearest: a memory for each row")
         y = attend(q.reshape(len(keys), -1, *q.shape[2:]), keys, values, mask, drop=self.drop(), scale=self.scale)
         return self.merge(y.reshape(q.shape))
 

@@ -112,7 +112,7 @@ class Block(nn.Module):
                 keys, values = cache["memory_key"], cache["memory_value"]
             else:
                 raise ValueError(f"cross_layout={self.cross_layout!r} needs memory, or a cache that holds its keys and values")
-            return added(x, attn.attend_cached(norm_x(x), keys, values, memory_mask), "attn_out")
+            return added(x, attn.attend_cached(norm_x(x), keys, values, memory_mask, shared=memory is None), "attn_out")
 
         def feed_forward(x, norm_x, mlp):
             return added(x, mlp(norm_x(x)), "mlp_out")
@@ -239,7 +239,7 @@ class PostBlock(nn.Module):
                         new.update(memory_key=keys, memory_value=values)
                 else:
                     keys, values = cache["memory_key"], cache["memory_value"]
-                y = self.cross.attend_cached(x, keys, values, memory_mask)
+                y = self.cross.attend_cached(x, keys, values, memory_mask, shared=memory is None)
             x = self.norm_cross(self.added(x, y, "attn_out"))
         return self.norm2(self.added(x, self.mlp(x), "mlp_out")), new
 
