@@ -70,10 +70,12 @@ def main(argv):
                   {p.get("name"): p.get("value") for p in case.iter("property")}) for case in xml.parse(file.name).iter("testcase")]
     for number in numbers:
         mine = [case for case in cases if any(case[0] == t or case[0].startswith((f"{t}[", f"{t}::")) for t in FAULTS[number][1:])]
-        bad = [f"{name}: {outcome}" for name, _, outcome, _ in mine if outcome != "passed"]
+        ran = [case for case in mine if case[2] != "skipped"]
+        bad = [f"{name}: {outcome}" for name, _, outcome, _ in ran if outcome != "passed"]
+        left = f", {len(mine) - len(ran)} skipped (reasons above)" if len(ran) < len(mine) else ""
         told = "".join(f"  {k}={v}" for *_, properties in mine for k, v in properties.items())
-        print(f"{number:2}  {'ok' if mine and not bad else 'NOT OK'}  {FAULTS[number][0]}: {len(mine)} tests, {sum(case[1] for case in mine):.0f} s{told}",
-              *(f"      {line}" for line in bad), sep="\n")
+        print(f"{number:2}  {'ok' if ran and not bad else 'NOT OK'}  {FAULTS[number][0]}: {len(ran)} tests{left}, {sum(case[1] for case in mine):.0f} s, "
+              f"the longest {max((case[1] for case in mine), default=0):.0f} s{told}", *(f"      {line}" for line in bad), sep="\n")
     return code
 
 
