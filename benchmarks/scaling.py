@@ -34,7 +34,7 @@ SLICES = {"v5e": {8: "2x4", 32: "4x8", 128: "8x16", 256: "16x16", 512: "16x16*2"
 RECIPES = (("clip.py:l14", (256,), (64,), (128,)), ("clip.py:l14_336", (256,), (256,), (256,)), ("coca.py:base", (256,), (64,), (256,)),
            ("coca.py:large", (256,), (256,), (256,)), ("coca.py:2b", (), (512,), (256,)), ("albef.py:base", (8,), (8,), (8,)), ("blip.py:base", (32,), (8,), (32,)))
 # Rows of a chip, and chips of v5e
-GROWING = (("clip.py:l14", 32, (8, 32, 128, 256, 512)), ("coca.py:base", 32, (8, 32, 128)), ("albef.py:base", 16, (8, 32, 128)), ("blip.py:base", 16, (8, 32)))
+GROWING = (("clip.py:l14", 32, (8, 32, 128, 256, 512)), ("coca.py:base", 32, (8, 32, 128)), ("albef.py:base", 16, (8, 32, 128)), ("blip.py:base", 90, (8, 32)))
 LOSS_BATCHES, LOSS_WIDTH = (8_192, 32_768, 131_072, 524_288, 1_048_576), 768
 LOSS = "contrastive loss"
 
