@@ -11,15 +11,16 @@ import pytest
 
 import vlm_jax
 from tests.tiny import config
+from vlm_jax import partitioning, weight_rules
 from vlm_jax import stage as stages
-from vlm_jax import weight_rules
 from vlm_jax.errors import ConfigError
 from vlm_jax.importers import albef as layout
 from vlm_jax.importers import cli, read
 from vlm_jax.losses.masked import mask_tokens
-from vlm_jax.losses.matching import matching, mine
+from vlm_jax.losses.matching import matching, mine, pairs
 from vlm_jax.losses.momentum import enqueue, lerp, make_queues, momentum_contrastive, other_groups
 from vlm_jax.models import grounding
+from vlm_jax.nn.rows import select
 from vlm_jax.system import Context
 from vlm_jax.train import init
 from vlm_jax.train.state import merge
@@ -294,6 +295,39 @@ def test_negatives_follow_the_similarity_off_the_excluded():
     assert mine(jax.random.key(1), similarity, jnp.ones((4, 4), bool)).tolist() == [-1] * 4
     even = np.asarray(jax.vmap(lambda k: mine(k, similarity, same, epsilon=1e4))(jax.random.split(jax.random.key(0), 4000)))
     np.testing.assert_allclose(np.bincount(even[:, 2], minlength=4) / 4000, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.03)
+
+
+def test_pairs_of_groups_are_those_of_the_whole_batch_in_another_order():
+    x = jnp.arange(8) * 10
+    image, text = jnp.array([1, 2, 0, -1, 6, 7, 4, 5]), jnp.array([3, -1, 1, 2, 5, 4, 7, 6])
+
+    def told(group):
+        found = pairs(image, text, group)
+        return sorted(zip(*(np.asarray(a).tolist() for a in (select(x, found.text), select(x, found.image), found.label, found.weight)), strict=True))
+
+    assert told(4) == told(0) and len(told(0)) == 24
+    assert (70, 50, 0, True) in told(4) and (0, 10, 0, True) in told(4)
+
+
+def test_what_is_picked_within_groups_stays_on_its_device():
+    """Values and gradients of a pick from the whole batch; by the compiled program nothing is sent, where a pick from the whole batch sends all rows."""
+    mesh = partitioning.make_mesh("dp")
+    draw = np.random.default_rng(0)
+    x, rows = jnp.asarray(draw.normal(size=(32, 5, 3)), jnp.float32), jnp.asarray(draw.integers(0, 4, (8, 12)))
+    whole = (rows + 4 * jnp.arange(8)[:, None]).reshape(-1)
+    weight = jnp.asarray(draw.normal(size=(96, 5, 3)), jnp.float32)
+
+    with partitioning.use(mesh):
+        placed = [jax.device_put(a, partitioning.sharding(mesh, ("batch", *("none",) * (a.ndim - 1)), a.shape)) for a in (x, rows, whole, weight)]
+        programs = []
+        for at in placed[1:3]:
+            pull = jax.jit(lambda x, at, w: jax.vjp(lambda x: select(x, at) ** 2 * w, x)[1](jnp.ones((96, 5, 3)))[0], out_shardings=placed[0].sharding)
+            programs.append(pull.lower(placed[0], at, placed[3]).compile())
+        within, over_all = (np.asarray(program(placed[0], at, placed[3])) for program, at in zip(programs, placed[1:3], strict=True))
+    np.testing.assert_allclose(within, over_all, atol=1e-5)
+    np.testing.assert_array_equal(select(x, rows), x[whole])
+    sends = [any(name in program.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")) for program in programs]
+    assert sends == [False, True]
 
 
 def test_matching_counts_what_counts():

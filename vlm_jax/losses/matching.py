@@ -30,19 +30,24 @@ def draw(kind: str, key: jax.Array, similarity: jax.Array, excluded: jax.Array, 
 
 
 class Pairs(NamedTuple):
-    """What matching looks at, [3b] each: (text, its image), (text, a negative image), (a negative text, image)."""
-    text: jax.Array       # int: which text
-    image: jax.Array      # int: which image
-    label: jax.Array      # int: 1 = match
-    weight: jax.Array     # bool: False where a row has no negative
+    """What matching looks at, in each of the groups: (text, its image), (text, a negative image), (a negative text, image); g rows of a group come to 3g
+    pairs. Which text and which image is said for ``nn.rows.select``."""
+    text: jax.Array       # int [groups, 3g], numbered within the group
+    image: jax.Array      # int [groups, 3g]
+    label: jax.Array      # int [3b]: 1 = match
+    weight: jax.Array     # bool [3b]: False where a row has no negative
 
 
-def pairs(negative_image: jax.Array, negative_text: jax.Array) -> Pairs:
-    """The pairs of rows with their negatives int [b]; -1: there is none."""
-    rows = jnp.arange(len(negative_image))
-    there = jnp.concatenate([rows >= 0, negative_image >= 0, negative_text >= 0])
-    return Pairs(jnp.concatenate([rows, rows, jnp.maximum(negative_text, 0)]), jnp.concatenate([rows, jnp.maximum(negative_image, 0), rows]),
-                 (jnp.arange(3 * len(rows)) < len(rows)).astype(jnp.int32), there)
+def pairs(negative_image: jax.Array, negative_text: jax.Array, group: int = 0) -> Pairs:
+    """The pairs of rows with their negatives int [b], of their own group of ``group`` rows (0: the whole batch); -1: there is none."""
+    b = len(negative_image)
+    g = group or b
+    own = jnp.tile(jnp.arange(g), (b // g, 1))
+    image, text = negative_image.reshape(-1, g), negative_text.reshape(-1, g)
+    there = jnp.concatenate([own >= 0, image >= 0, text >= 0], 1)
+    label = jnp.broadcast_to(jnp.arange(3 * g) < g, there.shape).astype(jnp.int32)
+    return Pairs(jnp.concatenate([own, own, jnp.maximum(text, 0) % g], 1), jnp.concatenate([own, jnp.maximum(image, 0) % g, own], 1),
+                 label.reshape(-1), there.reshape(-1))
 
 
 def matching(logits: jax.Array, labels: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

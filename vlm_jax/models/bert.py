@@ -109,7 +109,7 @@ class Bert(nn.Module):
     def upper(self, x: jax.Array, mask: jax.Array | None = None, memory: jax.Array | None = None,
               memory_mask: jax.Array | None = None, memory_rows: jax.Array | None = None) -> jax.Array:
         """The layers with cross-attention, on states of ``lower``. memory [n, m, memory_width], memory_mask bool [b, m];
-        memory_rows int [b]: which memory each row looks at, None where they go together. With a ``pairing``: memory [b, 2, m, memory_width] alone."""
+        memory_rows (for ``nn.rows.select``): which memory each row looks at, None where they go together. With a ``pairing``: memory [b, 2, m, memory_width] alone."""
         if self.pairing == "alternate":
             x = self.blocks_pair(x, keys(mask), memory)[0]
         elif self.cross_layers:

@@ -18,6 +18,7 @@ from vlm_jax.nn.embed import TokenEmbed
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.multiway import Layout, Multiway
 from vlm_jax.nn.norm import Norm
+from vlm_jax.nn.rows import select
 from vlm_jax.partitioning import shard
 
 VARIANTS = {
@@ -65,7 +66,7 @@ class QBlock(nn.Module):
 
         def part(expert: str, x: jax.Array) -> jax.Array:
             if expert == QUERY and self.memory_width is not None:
-                keys, values = (seen[name] if rows is None else seen[name][rows] for name in ("key", "value"))
+                keys, values = (seen[name] if rows is None else select(seen[name], rows) for name in ("key", "value"))
                 x = self.norm_cross(self.added(x, self.cross.attend_cached(x, keys, values), "attn_out"))
             return self.norm2.of(expert)(self.added(x, self.mlp.of(expert)(x), "mlp_out"))
 
@@ -164,7 +165,7 @@ class QFormer(nn.Module):
         """x [b, l, width] through all layers -> (states, own keys and values, those of the image), the last two as trees of all layers.
 
         layout: which of x are queries and which words. mask: True = may attend, to [b, h, l, l or the cache's length]. image [n, m, memory_width], or
-        ``seen``, what an earlier pass returned for it; rows int [b]: which image each row looks at, None where they go together. cache, index:
+        ``seen``, what an earlier pass returned for it; rows (for ``nn.rows.select``): which image each row looks at, None where they go together. cache, index:
         keys and values of all places, in which x's stand from index on (``write`` puts them there).
         """
         own, looked = {}, {}

@@ -16,6 +16,7 @@ from vlm_jax.nn.attention import Attention, Rotary, before_of, write
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import Mlp
 from vlm_jax.nn.norm import Norm
+from vlm_jax.nn.rows import select
 from vlm_jax.partitioning import current_sizes, shard
 
 CROSS = ("none", "single", "plain", "double")
@@ -214,8 +215,8 @@ class PostBlock(nn.Module):
                  cache: dict | None, index: jax.Array | None, memory_rows: jax.Array | None) -> tuple[jax.Array, dict | None]:
         """x [b, l, width], memory [n, m, memory_width] -> (x, what is new of a cache, for ``grown``). Arguments as ``Stack``, for one layer.
 
-        ``memory_rows`` int [b]: which memory each row of x attends to; None where n is b. Keys and values are made once
-        for each memory, however many rows look at it.
+        ``memory_rows``: which memory each row of x attends to, as ``nn.rows.select`` takes them; None where n is b. Keys and values are
+        made once for each memory, however many rows look at it.
         """
         return self.run(self.attn, self.norm1, x, mask, memory, memory_mask, cache, index, memory_rows)
 
@@ -234,7 +235,7 @@ class PostBlock(nn.Module):
                 if memory is not None:
                     keys, values = self.project_memory(memory)
                     if memory_rows is not None:
-                        keys, values = keys[memory_rows], values[memory_rows]
+                        keys, values = select(keys, memory_rows), select(values, memory_rows)
                     if cache is not None:
                         new.update(memory_key=keys, memory_value=values)
                 else:

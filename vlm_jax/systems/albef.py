@@ -19,6 +19,7 @@ from vlm_jax.models import bert, grounding, vit
 from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.rows import join, part, select
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -169,20 +170,22 @@ def build(config: Any) -> System:
             same = (jnp.eye(rows, dtype=bool) if targets is None else targets[:, None] == targets) | other_groups(rows, o["group"])
             negative = functools.partial(draw, o["negatives"], excluded=same, epsilon=o["negative_epsilon"])
             pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar["text_to_image"])),
-                         batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])))
-            fused, fused_mask, images = [states[pair.text]], [mask[pair.text]], [pair.image]
+                         batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])), o["group"])
+            fused, fused_mask, images = [select(states[:rows], pair.text)], [select(mask, pair.text)], [pair.image]
+        group = o["group"] or rows
+        groups = rows // group
         if masked:
-            fused, fused_mask, images = fused + [states[rows:]], fused_mask + [mask], images + [jnp.arange(rows)]
+            fused, fused_mask, images = fused + [states[rows:]], fused_mask + [mask], images + [jnp.tile(jnp.arange(group), (groups, 1))]
         if fused:
-            out = apply(variables, Albef.fuse, jnp.concatenate(fused), jnp.concatenate(fused_mask), tokens_, jnp.concatenate(images),
+            out = apply(variables, Albef.fuse, join(fused, groups), join(fused_mask, groups), tokens_, jnp.concatenate(images, 1),
                         key=dropped(context, model, "fusion"))
         if wanted(weights, "itm"):
             terms["itm"], metrics["itm_accuracy"] = matching(
-                apply(variables, Albef.match, out[:3 * rows]), pair.label, pair.weight)
+                apply(variables, Albef.match, part(out, groups, 0, 3 * group)), pair.label, pair.weight)
         if masked:
             taught = apply(slow, Albef.fuse, slow_states[rows:], mask, slow_tokens, key=dropped(context, model, "teacher_fusion"))
             taught = jax.lax.stop_gradient((apply(slow, Albef.predict_tokens, taught), apply(slow, Albef.vocabulary)))
-            nll, count, hits = masked_lm(apply(variables, Albef.predict_tokens, out[-rows:]), apply(variables, Albef.vocabulary), ids, chosen,
+            nll, count, hits = masked_lm(apply(variables, Albef.predict_tokens, part(out, groups, -group, None)), apply(variables, Albef.vocabulary), ids, chosen,
                                          teacher=taught, alpha=alpha)
             terms["mlm"], metrics["mlm_accuracy"] = nll / jnp.maximum(count, 1), hits / jnp.maximum(count, 1)
         total, raw = weigh(terms, {k: w for k, w in weights.items() if wanted(weights, k)})

@@ -22,6 +22,7 @@ from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.block import MEMORY_AXES
 from vlm_jax.nn.linear import projection
 from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.rows import select
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -201,8 +202,8 @@ def build(config: Any) -> System:
         """(ITM, accuracy): one pass over pairs, texts with negative images and negative texts."""
         negative = functools.partial(draw, o["negatives"], excluded=excluded, epsilon=o["negative_epsilon"])
         pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar["text_to_image"])),
-                     batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])))
-        grounded = apply(variables, Blip.ground, batch["text"][pair.text], batch["text_mask"][pair.text], image_tokens, pair.image,
+                     batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])), o["group"])
+        grounded = apply(variables, Blip.ground, select(batch["text"], pair.text), select(batch["text_mask"], pair.text), image_tokens, pair.image,
                          key=context.drop("ground"))
         return matching(apply(variables, Blip.match, grounded), pair.label, pair.weight)
 

@@ -26,6 +26,7 @@ from vlm_jax.nn.chunk import chunked
 from vlm_jax.nn.linear import Linear, projection
 from vlm_jax.nn.norm import Norm
 from vlm_jax.nn.pixels import compute_dtype, normalise
+from vlm_jax.nn.rows import select
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Cacheable, Context, Output, System, Variables, drop_key, run
 
@@ -261,7 +262,8 @@ def first_stage(model: Blip2, config: Any, o: dict[str, Any], asked: dict[str, f
             negative = functools.partial(draw, o["negatives"], excluded=excluded)
             pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar["text_to_image"])),
                          batch.get("negative_text", negative(context.key("negative_text"), similar["image_to_text"])))
-            grounded = apply(variables, Blip2.ground, batch["text"][pair.text], batch["text_mask"][pair.text], seen, pair.image, key=context.drop("ground"))
+            grounded = apply(variables, Blip2.ground, select(batch["text"], pair.text), select(batch["text_mask"], pair.text), seen, pair.image,
+                             key=context.drop("ground"))
             found[ITM], metrics["itm_accuracy"] = matching(apply(variables, Blip2.match, grounded), pair.label, pair.weight)
         if ITG in terms:
             written = apply(variables, Blip2.write, batch["text"], own, key=context.drop("write"))

@@ -26,6 +26,7 @@ from vlm_jax.models.sizes import sizes
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import TwoLayerHead
 from vlm_jax.nn.pixels import compute_dtype, normalise, unnormalise
+from vlm_jax.nn.rows import join, part, select
 from vlm_jax.nn.unit import unit
 from vlm_jax.system import Batch, Context, Output, System, Variables, run
 
@@ -315,17 +316,19 @@ def build(config: Any) -> System:
             similar = jax.lax.stop_gradient(scales[0] * vectors[0][0].astype(jnp.float32) @ vectors[0][1].astype(jnp.float32).T)
             negative = functools.partial(draw, o["negatives"], excluded=jnp.eye(rows, dtype=bool) | other_groups(rows, o["group"]))
             pair = pairs(batch.get("negative_image", negative(context.key("negative_image"), similar.T)),
-                         batch.get("negative_text", negative(context.key("negative_text"), similar)))
-            texts, masks, images = [text[pair.text]], [mask[pair.text]], [image[pair.image]]
+                         batch.get("negative_text", negative(context.key("negative_text"), similar)), o["group"])
+            texts, masks, images = [select(text, pair.text)], [select(mask, pair.text)], [select(image, pair.image)]
+        group = o["group"] or rows
+        groups = rows // group
         if "mlm" in terms_wanted:
             corrupted, chosen = hide(context, batch)
             texts, masks, images = texts + [embed_text(corrupted, key=context.drop("masked_embed"))], masks + [mask], images + [image]
         if texts:
-            states = apply(variables, Vlmo.joint, jnp.concatenate(texts), jnp.concatenate(masks), jnp.concatenate(images), key=context.drop("joint"))
+            states = apply(variables, Vlmo.joint, *(join(x, groups) for x in (texts, masks, images)), key=context.drop("joint"))
         if "itm" in terms_wanted:
-            terms["itm"], metrics["itm_accuracy"] = matching(apply(variables, Vlmo.match, states[:3 * rows]), pair.label, pair.weight)
+            terms["itm"], metrics["itm_accuracy"] = matching(apply(variables, Vlmo.match, part(states, groups, 0, 3 * group)), pair.label, pair.weight)
         if "mlm" in terms_wanted:
-            terms["mlm"], metrics["mlm_accuracy"] = spell(variables, states[-rows:, :ids.shape[1]], ids, chosen)
+            terms["mlm"], metrics["mlm_accuracy"] = spell(variables, part(states, groups, -group, None)[:, :ids.shape[1]], ids, chosen)
 
         if "vqa" in terms_wanted:
             logits = apply(variables, Vlmo.answer, apply(variables, Vlmo.joint, text, mask, image, key=context.drop("joint")))
