@@ -5,7 +5,7 @@
 A round is one SIGKILL: half of them fall while a checkpoint is being written, a tenth before training has begun again, the others
 at any time, after none to three saves. A run that reaches its last step is compared with an undisturbed one, every leaf of its state and every row of its
 metrics, and the next one begins; the last of them is left to finish. A process that has imported everything is forked for each
-start, so that a round takes a second or two. Prints where the kills fell and the goodput of the runs; exits with 1 where an end differs.
+start, so that a round takes a few seconds. Prints where the kills fell and the goodput of the runs; exits with 1 where an end differs.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from vlm_jax.console import amount  # noqa: E402
 from vlm_jax.losses.contrastive import contrastive  # noqa: E402
 
 SLICES = {"v5e": {8: "2x4", 32: "4x8", 128: "8x16", 256: "16x16", 512: "16x16*2"},
-          "v5p": {8: "2x2x2", 64: "4x4x4", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"},
-          "v6e": {8: "2x4", 32: "4x8", 128: "8x16", 256: "16x16", 512: "16x16*2"}}
+          "v5p": {8: "2x2x2", 64: "4x4x4", 256: "4x8x8", 512: "8x8x8"},
+          "v6e": {8: "2x4", 32: "4x8", 128: "8x16", 256: "16x16"}}
 # Recipes with the paper's batch, and where they are compiled: (config, chips of v5e, of v5p, of v6e)
 RECIPES = (("clip.py:l14", (256,), (64,), (128,)), ("clip.py:l14_336", (256,), (256,), (256,)), ("coca.py:base", (256,), (64,), (256,)),
            ("coca.py:large", (256,), (256,), (256,)), ("coca.py:2b", (), (512,), (256,)), ("albef.py:base", (8,), (8,), (8,)), ("blip.py:base", (32,), (8,), (32,)))
